@@ -1,0 +1,63 @@
+"""The training set of a plane: the active slices of a fold's training cases (section 4.1)."""
+
+import math
+import os
+
+import numpy as np
+import torch
+from slices import Slice
+from torch.utils.data import Dataset
+from utils import is_organ, load_array, read_cases, read_list, slice_list, to_unit
+
+
+class DataLayer(Dataset):
+    """Samples (image (3, A, B) float32 in [0, 1], label (slice_thickness, A, B) float32 of 0 and 1)."""
+
+    def __init__(self, data_path, current_fold, organ_number, low_range, high_range, slice_threshold, slice_thickness,
+                 organ_ID, plane):  # fmt: skip
+        self.data_path, self.organ_ID = data_path, organ_ID
+        self.window, self.thickness = (low_range, high_range), slice_thickness
+        path = slice_list(data_path, plane)
+        self.slices = [Slice.read(line) for line in read_list(path)]
+        if any(len(record.organs) < organ_ID for record in self.slices):
+            raise ValueError(f'{path}: holds no organ {organ_ID}; run init.py with organ_number {organ_number}')
+        training = {case.number for case in read_cases(data_path, 'training', current_fold)}
+        pixels = [record.organs[organ_ID - 1][0] for record in self.slices]
+        bar = slice_bar(pixels, slice_threshold)
+        self.active = [i for i, record in enumerate(self.slices) if pixels[i] >= bar and record.case in training]
+        if not self.active:
+            raise ValueError(
+                f'{path}: no slice of fold {current_fold} to train on has {bar} pixels or more of organ {organ_ID}; '
+                'lower slice_threshold or look at the labels'
+            )
+
+    def __len__(self):
+        return len(self.active)
+
+    def __getitem__(self, index):
+        window = self.window_of(self.active[index])
+        image = np.stack([load_array(os.path.join(self.data_path, s.image_file)) for s in window])
+        label = np.stack([load_array(os.path.join(self.data_path, s.label_file)) for s in window[: self.thickness]])
+        label = is_organ(label, self.organ_ID).astype(np.float32)
+        return torch.from_numpy(to_unit(image, *self.window)), torch.from_numpy(label)
+
+    def window_of(self, i):
+        """The three records of the window at slice i of the list; a case's end stands in for what lies beyond it."""
+        case, reach = self.slices[i].case, self.thickness // 2
+        before, after = max(i - reach, 0), min(i + reach, len(self.slices) - 1)
+        return [self.slices[k] if self.slices[k].case == case else self.slices[i] for k in (before, i, after)]
+
+
+def slice_bar(pixels, slice_threshold):
+    """Pixels of the organ from which a slice is active.
+
+    pixels: the counts of all slices. A slice_threshold above 1 is the bar itself; up to 1, that share of the slices
+    with the organ, the fullest first, reaches the bar (all slices for 0).
+    """
+    if slice_threshold > 1:
+        return slice_threshold
+    if slice_threshold == 0:
+        return 0
+    present = sum(count > 0 for count in pixels)
+    last = max(math.floor(present * slice_threshold), 1)
+    return max(sorted(pixels)[-last], 1)

@@ -1,0 +1,155 @@
+"""The positional arguments of every stage script, each spelled once, and the way a script starts and fails.
+
+A stage lists the names it takes, in order; the published order and meaning of all of them are in README.md.
+"""
+
+import argparse
+import math
+import os
+import sys
+import traceback
+
+
+def whole(low, high=None):
+    """Type of a whole number of at least `low` (and at most `high`)."""
+
+    def parse(text):
+        value = int(text)
+        if value < low or (high is not None and value > high):
+            limits = f'at least {low}' if high is None else f'{low} to {high}'
+            raise argparse.ArgumentTypeError(f'{text} is not a whole number of {limits}')
+        return value
+
+    parse.__name__ = 'whole number'
+    return parse
+
+
+def number(low=-math.inf, high=math.inf):
+    """Type of a finite number within [low, high]."""
+
+    def parse(text):
+        value = float(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f'{text} is not a number within [{low:g}, {high:g}]')
+        return value
+
+    parse.__name__ = 'number'
+    return parse
+
+
+def rate(text):
+    """A positive number kept as it was typed, because it becomes part of a folder's name (1e-5, never 1e-05)."""
+    if not 0 < float(text) < math.inf or os.sep in text or text != text.strip():
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
+    return text
+
+
+def one_of(*choices):
+    """Type of a value that must be one of `choices`."""
+
+    def parse(text):
+        for choice in choices:
+            if text == str(choice):
+                return choice
+        raise argparse.ArgumentTypeError(f'{text!r} is not one of {", ".join(map(str, choices))}')
+
+    return parse
+
+
+ARGUMENTS = {
+    'data_path': (str, 'the data folder, $DATA_PATH in run.sh'),
+    'current_fold': (whole(0), 'the fold that is tested, from 0'),
+    'organ_number': (whole(1, 255), 'how many organs the labels hold'),
+    'folds': (whole(1), 'how many folds the cases are divided into'),
+    'low_range': (number(), 'lower end of the intensity window (HU)'),
+    'high_range': (number(), 'upper end of the intensity window (HU)'),
+    'slice_threshold': (number(0), 'share of the slices with the organ to train on; above 1: least number of pixels'),
+    'slice_thickness': (one_of(1, 3), 'slices that the network sees at once, 1 or 3'),
+    'organ_ID': (whole(1, 255), 'the organ, from 1 to organ_number'),
+    'plane': (one_of('X', 'Y', 'Z'), 'X, Y or Z'),
+    'GPU_ID': (str, 'number of the CUDA device, or cpu'),
+    'learning_rate1': (rate, 'learning rate of the coarse network'),
+    'learning_rate_m1': (rate, 'times learning_rate1: the rate of the saliency and fine layers'),
+    'learning_rate2': (str, 'not used'),
+    'learning_rate_m2': (str, 'not used'),
+    'crop_margin': (whole(0), "pixels around the organ's box that the fine network sees"),
+    'crop_prob': (number(0, 1), 'probability of a random margin in training'),
+    'crop_sample_batch': (whole(1), 'draws whose mean is a random margin'),
+    'epoch_S': (whole(0), 'epochs in mode S (separate)'),
+    'epoch_I': (whole(0), 'epochs in mode I (individual)'),
+    'epoch_J': (whole(0), 'epochs in mode J (joint)'),
+    'lr_decay_epoch': (whole(1), 'epochs in mode J after which the rates halve'),
+    'epoch_step': (whole(1), 'lr_decay_epoch of the training'),
+    'threshold': (number(0, 1), 'probability from which a voxel is organ'),
+    'coarse_threshold': (number(0, 1), "part of the result folder's name"),
+    'fine_threshold': (number(0, 1), 'probability from which a voxel is organ'),
+    'max_rounds': (whole(0), 'fine rounds after the coarse round 0'),
+    'epochs': (whole(1), 'epochs of pretraining'),
+    'timestamp': (str, 'time of the training (15 characters, 20261123_000000); _ for none'),
+    'timestamp1': (str, 'timestamp of the snapshot to test; _ for none'),
+    'timestamp2': (str, 'not used'),
+} | {
+    f'timestamp{i}_{plane}': (str, f'timestamp of the {plane} snapshot; _ for none' if i == 1 else 'not used')
+    for i in (1, 2)
+    for plane in 'XYZ'
+}
+
+SETTINGS = 'learning_rate1 learning_rate_m1 learning_rate2 learning_rate_m2 crop_margin'
+WINDOW = 'low_range high_range slice_threshold slice_thickness organ_ID'
+TRAINING = (
+    f'data_path current_fold organ_number {WINDOW} plane GPU_ID {SETTINGS} crop_prob crop_sample_batch '
+    'epoch_S epoch_I epoch_J lr_decay_epoch timestamp'
+).split()
+TESTING = [*TRAINING[:-2], 'epoch_step', 'timestamp1']
+TESTING_OPTIONAL = ['timestamp2']
+_THREE_PLANES = (
+    f'data_path current_fold organ_number {WINDOW} GPU_ID {SETTINGS} epoch_S epoch_I epoch_J epoch_step'
+).split()
+_THREE_TIMES = [f'timestamp1_{plane}' for plane in 'XYZ']
+FUSION = [*_THREE_PLANES, 'threshold', *_THREE_TIMES]
+COARSE2FINE = [*_THREE_PLANES, 'coarse_threshold', 'fine_threshold', 'max_rounds', *_THREE_TIMES]
+FUSION_OPTIONAL = [f'timestamp2_{plane}' for plane in 'XYZ']
+
+
+def parser(doc, required, optional=()):
+    """An ArgumentParser for the positionals of these names; anything that follows them is accepted and unused."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in [*required, *optional]:
+        kind, text = ARGUMENTS[name]
+        made.add_argument(name, type=kind, help=text, nargs='?' if name in optional else None)
+    made.add_argument('unused', nargs='*', help=argparse.SUPPRESS)
+    return made
+
+
+def add_loading(made):
+    """The options that training and pretraining share."""
+    made.add_argument('--seed', type=whole(0), help='make the run repeatable on this machine')
+    made.add_argument('--workers', type=whole(0), default=0, help='processes that load slices (default 0)')
+
+
+def parse(made, argv=None):
+    """Parse and hold the arguments against each other; a mistake prints the usage and exits with 2."""
+    args = made.parse_args(argv)
+    if getattr(args, 'organ_ID', 0) > getattr(args, 'organ_number', 255):
+        made.error(f'argument organ_ID: {args.organ_ID} is above organ_number, {args.organ_number}')
+    if hasattr(args, 'low_range') and args.low_range >= args.high_range:
+        made.error(f'argument high_range: {args.high_range:g} is not above low_range, {args.low_range:g}')
+    return args
+
+
+def run(main):
+    """Run a script: a user's mistake ends it with one line and exit code 1, Ctrl-C with 130.
+
+    RSTN_TRACEBACK=1 in the environment shows where the mistake was noticed.
+    """
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, MemoryError) as error:
+        if os.environ.get('RSTN_TRACEBACK'):
+            traceback.print_exc()
+        sys.stdout.flush()
+        message = ' '.join(str(error).split()) or type(error).__name__
+        sys.exit(f'{os.path.basename(sys.argv[0])}: error: {message}')
+    sys.exit(status)

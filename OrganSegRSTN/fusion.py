@@ -1,0 +1,74 @@
+"""Fusing the three planes of coarse or oracle testing by vote (section 3.3)."""
+
+import numpy as np
+from results import Results
+from utils import (
+    PLANES,
+    DSC_computation,
+    epoch_name,
+    find_snapshot,
+    load_volume,
+    post_processing,
+    read_cases,
+    results_folder,
+    save_volume,
+)
+
+FUSIONS = [*PLANES, 'F1', 'F2', 'F3', 'F1P', 'F2P', 'F3P']
+
+
+def fuse(args, stage):
+    """Fuse the volumes of a fold's test cases: volumes/{X|Y|Z|F1|F2|F3|F1P|F2P|F3P}_{case}.npz and results.txt."""
+    print('device: CPU (fusion needs no other)')
+    snapshots = [find_snapshot(args, plane, getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
+    epoch = epoch_name(args)
+    planes = ','.join(name.removeprefix(f'FD{args.current_fold}:') for name in snapshots)
+    folder = results_folder(args, stage, f'FD{args.current_fold}:fusion:{planes}_{epoch},{args.threshold}')
+    values = {fusion: [] for fusion in FUSIONS}
+    with Results(folder) as results:
+        results('Fusing results of 1 snapshots:')
+        for number, case in enumerate(read_cases(args.data_path, 'testing', args.current_fold), 1):
+            results(f'  Testcase {number}:')
+            label = case.label(args.data_path, args.organ_ID)
+            files = [results_folder(args, stage, s) / 'volumes' / f'{epoch}_{number}.npz' for s in snapshots]
+            masks = stored_fusion(folder / 'volumes', number, files, label.shape, args)
+            for fusion in FUSIONS:
+                score = DSC_computation(label, masks[fusion])
+                results(f'    DSC_{fusion} = {score} .')
+                values[fusion].append(score.value)
+        for fusion in FUSIONS:
+            results(f'Average DSC_{fusion} = {results.average(values[fusion])[0]} .')
+
+
+def stored_fusion(folder, number, files, shape, args):
+    """{name: mask} of a case's nine fusions, read from `folder` or made from the planes' `files` and stored there."""
+    paths = {fusion: folder / f'{fusion}_{number}.npz' for fusion in FUSIONS}
+    masks = {fusion: load_volume(path, shape) for fusion, path in paths.items()}
+    if any(mask is None for mask in masks.values()):
+        masks = fusion_masks([plane_volume(file, shape) for file in files], args.threshold, args.organ_ID)
+        for fusion, path in paths.items():
+            save_volume(path, masks[fusion])
+    return masks
+
+
+def plane_volume(file, shape):
+    """A plane's stored volume (W, H, L) uint8; without it there is nothing to fuse."""
+    volume = load_volume(file, shape)
+    if volume is None:
+        raise FileNotFoundError(f'{file}: no such volume; test this plane and fold first')
+    return volume
+
+
+def fusion_masks(volumes, threshold, organ_ID):
+    """{name: mask (W, H, L)} of three planes' volumes (round(255 p), uint8).
+
+    X, Y, Z: probability at `threshold`; F1, F2, F3: at least one, two, three votes, a vote being a sum of
+    probabilities of 0.5, 1.5, 2.5; F1P, F2P, F3P: these post-processed.
+    """
+    probabilities = [volume / np.float32(255) for volume in volumes]
+    total = sum(probabilities)  # X, Y, Z in this order, float32
+    masks = {plane: probability >= threshold for plane, probability in zip(PLANES, probabilities)}
+    votes = {f'F{votes}': (total >= votes - 0.5).astype(np.uint8) for votes in (1, 2, 3)}
+    seed = next((votes[name] for name in ('F3', 'F2') if votes[name].any()), votes['F1'])
+    processed = {f'{name}P': post_processing(mask.copy(), seed, 0.5, organ_ID) for name, mask in votes.items()}
+    return masks | votes | processed

@@ -1,0 +1,265 @@
+"""The Recurrent Saliency Transformation Network (Yu et al., CVPR 2018, section 3): FCN8s, RSTN, the loss, loading.
+
+State-dict keys and shapes are those of the published snapshots and of the Caffe FCN-8s ported to PyTorch.
+"""
+
+import pickle
+import random
+import zipfile
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+OUTSIDE = -9999999.0  # logit of every pixel outside the fine network's box: probability 0
+
+
+class FCN8s(nn.Module):
+    """FCN-8s on VGG-16 (Long et al., CVPR 2015): (N, 3, A, B) in [0, 1] -> logits (N, n_class, A, B).
+
+    `width` is the number of channels of the first layer: 64 in the paper, less on a laptop.
+    """
+
+    def __init__(self, n_class, width=64):
+        super().__init__()
+        channels = 3
+        for block, (convs, out) in enumerate(zip((2, 2, 3, 3, 3), (width, 2 * width, 4 * width, 8 * width, 8 * width))):
+            for conv in range(convs):
+                padding = 100 if block == conv == 0 else 1
+                self.add_module(f'conv{block + 1}_{conv + 1}', nn.Conv2d(channels, out, 3, padding=padding))
+                channels = out
+        self.fc6 = nn.Conv2d(8 * width, 64 * width, 7)
+        self.drop6 = nn.Dropout2d()
+        self.fc7 = nn.Conv2d(64 * width, 64 * width, 1)
+        self.drop7 = nn.Dropout2d()
+
+        self.score_fr = nn.Conv2d(64 * width, n_class, 1)
+        self.score_pool3 = nn.Conv2d(4 * width, n_class, 1)
+        self.score_pool4 = nn.Conv2d(8 * width, n_class, 1)
+        self.upscore2 = nn.ConvTranspose2d(n_class, n_class, 4, stride=2, bias=False)
+        self.upscore8 = nn.ConvTranspose2d(n_class, n_class, 16, stride=8, bias=False)
+        self.upscore_pool4 = nn.ConvTranspose2d(n_class, n_class, 4, stride=2, bias=False)
+        self._initialize_weights()
+
+    def _initialize_weights(self):
+        for name, layer in self.named_children():
+            if isinstance(layer, nn.ConvTranspose2d):
+                layer.weight.data = bilinear_upsampling(*layer.weight.shape[1:3])
+                layer.weight.requires_grad = False  # frozen
+            elif name.startswith('score'):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+            elif isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x):
+        pool3, pool4, fc7 = self.features(x)
+        return self.upsample(self.score_pool3(pool3), self.score_pool4(pool4), self.score_fr(fc7), x.shape[2:])
+
+    def features(self, x):
+        """What the score layers see: pool3 at 1/8, pool4 at 1/16 and fc7 at 1/32 of the padded size."""
+        pools = []
+        for block, convs in enumerate((2, 2, 3, 3, 3)):
+            for conv in range(convs):
+                x = F.relu(self.get_submodule(f'conv{block + 1}_{conv + 1}')(x), inplace=True)
+            x = F.max_pool2d(x, 2, ceil_mode=True)
+            pools.append(x)
+        x = self.drop6(F.relu(self.fc6(x), inplace=True))
+        x = self.drop7(F.relu(self.fc7(x), inplace=True))
+        return pools[2], pools[3], x
+
+    def upsample(self, score3, score4, score_fr, size):
+        """Fuse the scores coarse to fine; the crops undo the padding of 100. -> (N, n_class, *size)"""
+        up = self.upscore2(score_fr)
+        up = self.upscore_pool4(up + _cut(score4, 5, up.shape[2:]))
+        up = self.upscore8(up + _cut(score3, 9, up.shape[2:]))
+        return _cut(up, 31, size).contiguous()
+
+
+def _cut(x, start, size):
+    return x[:, :, start : start + size[0], start : start + size[1]]
+
+
+def bilinear_upsampling(n_class, size):
+    """Weights (n_class, n_class, size, size) of a transposed convolution: bilinear on the diagonal, zero off it."""
+    factor = (size + 1) // 2
+    centre = factor - 1 if size % 2 else factor - 0.5
+    line = 1 - (torch.arange(size) - centre).abs() / factor
+    weight = torch.zeros(n_class, n_class, size, size)
+    weight[range(n_class), range(n_class)] = torch.outer(line, line)
+    return weight
+
+
+class RSTN(nn.Module):
+    """Coarse FCN-8s, saliency transformation, fine FCN-8s (section 3.2, equations 2 to 4).
+
+    TEST None trains: forward(image, label, mode) -> (coarse probability, fine probability), mode 'S', 'I' or 'J'.
+    TEST 'C', 'O' or 'F' tests: forward -> one probability. All are (N, n_class, A, B); image is (N, 3, A, B).
+    """
+
+    def __init__(self, crop_margin=20, crop_prob=0.5, crop_sample_batch=1, n_class=3, TEST=None, width=64):
+        super().__init__()
+        self.margin, self.prob, self.sample_batch, self.TEST = crop_margin, crop_prob, crop_sample_batch, TEST
+        self.coarse_model = FCN8s(n_class, width)
+        self.saliency1 = nn.Conv2d(n_class, n_class, 3, padding=1)
+        self.saliency2 = nn.Conv2d(n_class, n_class, 5, padding=2)
+        self.fine_model = FCN8s(n_class, width)
+        nn.init.xavier_normal_(self.saliency1.weight)
+        nn.init.ones_(self.saliency1.bias)
+        nn.init.zeros_(self.saliency2.weight)
+        self.saliency2.bias.data = torch.tensor([1.0, 1.5, 2.0])[:n_class]
+
+    def forward(self, image, label=None, mode=None, score=None, mask=None):
+        if self.TEST == 'F':
+            return self.fine(image * self.saliency(score), mask >= 0.5, empty=0)
+        coarse = self.coarse(image)
+        if self.TEST == 'C':
+            return coarse
+        if self.TEST == 'O':
+            return self.fine(image * self.saliency(coarse), label >= 0.5)
+        if mode == 'S':
+            return coarse, self.fine(image, label >= 0.5)
+        if mode == 'I':
+            return coarse, self.fine(image * self.saliency(coarse), label >= 0.5)
+        if mode == 'J':
+            return coarse, self.fine(image * self.saliency(coarse), _either(coarse >= 0.5, label >= 0.5))
+        raise ValueError(f'mode {mode!r} is not one of S, I, J')
+
+    def coarse(self, image):
+        """Coarse probability of an image."""
+        return torch.sigmoid(self.coarse_model(image))
+
+    def saliency(self, probability):
+        """Saliency map of a probability (equation 3): what the image is multiplied with."""
+        return self.saliency2(F.relu(self.saliency1(probability)))
+
+    def fine(self, image, mask, empty=1):
+        """Fine probability within the box of `mask` (bool) and its margins; 0 outside.
+
+        Where nothing marks a box the image is seen whole, times `empty`.
+        """
+        margins = self.margins()
+        boxes = [bounding_box(one, margins) for one in mask]
+        whole = (0, image.shape[2], 0, image.shape[3])
+        if len(boxes) > 1:  # each sample keeps its own box only
+            image = torch.stack([uncrop(crop(one, box or whole), box or whole, one.shape[1:]) * (1 if box else empty)
+                                 for one, box in zip(image, boxes)])  # fmt: skip
+        elif not boxes[0]:
+            image = image * empty
+        joint = union([box or whole for box in boxes])
+        return torch.sigmoid(uncrop(self.fine_model(crop(image, joint)), joint, image.shape[2:], OUTSIDE))
+
+    def margins(self):
+        """Pixels added before and after the box along A, before and after along B."""
+        if self.TEST is not None or random.random() >= self.prob:
+            return (self.margin,) * 4
+        return tuple(
+            sum(random.randint(0, 2 * self.margin) for _ in range(self.sample_batch)) // self.sample_batch
+            for _ in range(4)
+        )
+
+
+def bounding_box(mask, margins):
+    """(a0, a1, b0, b1) of the True pixels of `mask` (C, A, B) over all channels, plus margins; None where empty."""
+    box = []
+    for axis, (before, after) in zip((1, 2), (margins[:2], margins[2:])):
+        hits = mask.any(dim=0).any(dim=2 - axis).nonzero()
+        if len(hits) == 0:
+            return None
+        box += [max(int(hits[0]) - before, 0), min(int(hits[-1]) + 1 + after, mask.shape[axis])]
+    return tuple(box)
+
+
+def union(boxes):
+    """The smallest box around all `boxes`."""
+    a0, a1, b0, b1 = zip(*boxes)
+    return min(a0), max(a1), min(b0), max(b1)
+
+
+def crop(image, box):
+    """The part of `image` (..., A, B) inside `box`."""
+    a0, a1, b0, b1 = box
+    return image[..., a0:a1, b0:b1]
+
+
+def uncrop(image, box, size, outside=0.0):
+    """Put a crop back at its `box` in a canvas (..., *size) of `outside`."""
+    a0, a1, b0, b1 = box
+    return F.pad(image, (b0, size[1] - b1, a0, size[0] - a1), value=outside)
+
+
+def _either(mask, label):
+    """`mask` of every sample, or its `label` where that is empty."""
+    return torch.where(mask.flatten(1).any(1)[:, None, None, None], mask, label)
+
+
+class DSC_loss(nn.Module):
+    """Soft Dice loss over all channels of a sample, averaged over the batch (section 3.3)."""
+
+    def forward(self, pred, target):
+        pred, target = pred.flatten(1), target.flatten(1)
+        DSC = (2 * (pred * target).sum(1) + 1e-6) / (pred.sum(1) + target.sum(1) + 1e-6)
+        return (1 - DSC).mean()
+
+
+def get_parameters(model, coarse=True, bias=False, parallel=False):
+    """The trained parameters: the coarse network's or (saliency and fine) the others'; weights or biases."""
+    model = model.module if parallel else model
+    for name, parameter in model.named_parameters():
+        if 'upscore' not in name and name.startswith('coarse_model.') == coarse and name.endswith('.bias') == bias:
+            yield parameter
+
+
+# --- devices and files ---------------------------------------------------------------------------------------------
+
+
+def pick_device(GPU_ID):
+    """The device of a run, said in a line: CUDA device number GPU_ID, or the CPU without CUDA or with `cpu`."""
+    if GPU_ID == 'cpu' or not torch.cuda.is_available():
+        why = 'as asked' if GPU_ID == 'cpu' else f'no CUDA device found, GPU_ID {GPU_ID} is not used'
+        print(f'device: CPU, {torch.get_num_threads()} threads ({why})', flush=True)
+        return torch.device('cpu')
+    if not GPU_ID.isdigit() or int(GPU_ID) >= torch.cuda.device_count():
+        raise ValueError(f'GPU_ID {GPU_ID} is not a CUDA device; there are {torch.cuda.device_count()}, from 0')
+    print(f'device: cuda:{GPU_ID}, {torch.cuda.get_device_name(int(GPU_ID))}', flush=True)
+    return torch.device('cuda', int(GPU_ID))
+
+
+def load_weights(path):
+    """The state dict in a file of any PyTorch since 0.4, on the CPU, without a `module.` prefix; runs no code of it."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such file') from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).split('\n')[0]
+        raise ValueError(f'{path}: refused, since it is not plain weights or is broken ({reason})') from None
+    except (RuntimeError, EOFError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f'{path}: not a readable snapshot ({str(error).splitlines()[0]})') from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f'{path}: not a state dict of tensors')
+    for key in [key for key in state if key.startswith('module.')]:
+        state[key.removeprefix('module.')] = state.pop(key)
+    return state
+
+
+def load_RSTN(path, TEST, thickness, crop_margin, device):
+    """The RSTN of a snapshot, ready to test: only the networks that TEST uses, of the width of its weights."""
+    state = load_weights(path)
+    if 'coarse_model.conv1_1.weight' not in state or 'saliency1.weight' not in state:
+        raise ValueError(f'{path}: not an RSTN snapshot: coarse_model.conv1_1.weight or saliency1.weight is missing')
+    width, n_class = len(state['coarse_model.conv1_1.weight']), len(state['saliency1.weight'])
+    if n_class != thickness:
+        raise ValueError(f'{path}: trained with slice_thickness {n_class}, not {thickness}')
+    with torch.device('meta'):  # no memory and no random numbers for what is loaded anyway
+        net = RSTN(crop_margin, n_class=n_class, TEST=TEST, width=width)
+    for unused in {'C': ['fine_model', 'saliency1', 'saliency2'], 'F': ['coarse_model']}.get(TEST, []):
+        delattr(net, unused)
+    used = net.state_dict()
+    wrong = [key for key in used if key not in state or state[key].shape != used[key].shape]
+    if wrong:
+        found = tuple(state[wrong[0]].shape) if wrong[0] in state else 'missing'
+        raise ValueError(f'{path}: {wrong[0]} is {found}, expected {tuple(used[wrong[0]].shape)}')
+    net.load_state_dict({key: state[key].float() for key in used}, assign=True)
+    return net.to(device).eval()

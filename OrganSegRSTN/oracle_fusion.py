@@ -1,0 +1,16 @@
+"""Fusion of oracle testing (section 3.3): the three planes' probabilities are added up and voted on.
+
+Reads the volumes of oracle_testing.py on X, Y and Z; writes results/oracle_testing_*/FD0:fusion:*/.
+"""
+
+import arguments
+from fusion import fuse
+
+
+def main():
+    made = arguments.parser(__doc__, arguments.FUSION, arguments.FUSION_OPTIONAL)
+    fuse(arguments.parse(made), 'oracle')
+
+
+if __name__ == '__main__':
+    arguments.run(main)

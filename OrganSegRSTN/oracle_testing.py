@@ -1,0 +1,16 @@
+"""Oracle testing: as coarse testing, but the fine network looks at the box of the label: an upper bound.
+
+Reads the snapshot of mode J and the labels; writes results/oracle_testing_*/SNAPSHOT/results.txt and volumes/EPOCH_CASE.npz, round(255 p) as uint8.
+"""
+
+import arguments
+from testing import test_plane
+
+
+def main():
+    made = arguments.parser(__doc__, arguments.TESTING, arguments.TESTING_OPTIONAL)
+    test_plane(arguments.parse(made), 'oracle', 'O')
+
+
+if __name__ == '__main__':
+    arguments.run(main)

@@ -1,0 +1,99 @@
+"""An FCN-8s to start training from (the published one's PASCAL VOC weights are no longer to be had).
+
+Trains one on the fold's own training slices of all three planes (Kaiming start, Adam) and writes
+models/pretrained/fcn8s_FD{fold}_{organ}.pth; or converts (--convert) the weights that a user has: fcn8s_from_caffe.pth,
+taken over as it is, or torchvision's vgg16-*.pth, written as fcn8s_from_vgg16.pth.
+"""
+
+import arguments
+import torch
+import torch.nn.functional as F
+from model import DSC_loss, FCN8s, load_weights, pick_device
+from torch.utils.data import ConcatDataset, DataLoader
+from training import Losses, load_slices, seed_everything
+from utils import PLANES, pretrained_folder, pretrained_name, read_cases, whole_file
+
+POSITIONALS = [*arguments.TRAINING[:8], 'GPU_ID', 'epochs']
+VGG16_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # where they stand in torchvision's `features`
+SCORE_LAYERS = ('score_', 'upscore')
+
+
+def main():
+    made = arguments.parser(__doc__, POSITIONALS)
+    made.add_argument('--width', type=arguments.whole(3), default=64, help="the first layer's channels (default 64)")
+    made.add_argument('--learning_rate', type=arguments.number(0), default=2e-4, help="Adam's rate (default 2e-4)")
+    made.add_argument('--convert', metavar='FILE', help='convert these weights instead of training')
+    arguments.add_loading(made)
+    args = arguments.parse(made)
+    device = pick_device(args.GPU_ID)
+    if args.convert:
+        name, state = convert(load_weights(args.convert), args.convert)
+    else:
+        name, state = pretrained_name(args), pretrain(args, device)
+    with whole_file(pretrained_folder(args) / name) as file:
+        torch.save(state, file)
+    print(f'written: {pretrained_folder(args) / name}')
+
+
+def convert(weights, path):
+    """(file name, FCN-8s state dict) of the Caffe model's PyTorch port, as it is, or of torchvision's VGG-16."""
+    with torch.device('meta'):
+        expected = FCN8s(n_class=21).state_dict()
+    if 'features.0.weight' in weights:
+        name, weights = 'fcn8s_from_vgg16.pth', from_vgg16(weights, expected)
+        expected = {key: tensor for key, tensor in expected.items() if not key.startswith(SCORE_LAYERS)}
+    else:
+        name = 'fcn8s_from_caffe.pth'
+    for key, tensor in expected.items():
+        if key not in weights or weights[key].shape != tensor.shape:
+            found = tuple(weights[key].shape) if key in weights else 'missing'
+            raise ValueError(f'{path}: {key} is {found}, expected {tuple(tensor.shape)}: neither fcn8s_from_caffe.pth '
+                             "nor torchvision's VGG-16 (without batch norm)")  # fmt: skip
+    return name, weights
+
+
+def from_vgg16(weights, expected):
+    """torchvision's VGG-16 under the FCN-8s' names: features become conv1_1 ... conv5_3, classifier 0 and 3 fc6, fc7."""
+    layers = [key.removesuffix('.weight') for key in expected if key.startswith('conv') and key.endswith('.weight')]
+    sources = dict(zip(layers, (f'features.{i}' for i in VGG16_CONVOLUTIONS)))
+    sources |= {'fc6': 'classifier.0', 'fc7': 'classifier.3'}
+    return {
+        f'{layer}.{kind}': weights[f'{source}.{kind}'].reshape(expected[f'{layer}.{kind}'].shape)
+        for layer, source in sources.items()
+        for kind in ('weight', 'bias')
+        if f'{source}.{kind}' in weights
+    }
+
+
+def pretrain(args, device):
+    """Train an FCN-8s on the active slices of the fold's training cases, X, Y and Z mixed; -> its state dict."""
+    seed_everything(args.seed)
+    slices = ConcatDataset([load_slices(args, plane) for plane in PLANES])
+    loader = DataLoader(slices, batch_size=1, shuffle=True, num_workers=args.workers)
+    print(f'{args.current_fold} {len(loader)}')
+    model = FCN8s(args.slice_thickness, args.width).to(device).train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
+    for epoch in range(args.epochs):
+        losses = Losses()
+        for image, label in loader:
+            losses.add(pretrain_step(model, optimizer, image.to(device), label.to(device)))
+        print(f'{args.current_fold} Epoch[{epoch + 1}/{args.epochs}], Dice Loss {losses.mean[0]:.4f}, '
+              f'Time elapsed {losses.elapsed:.2f}s', flush=True)  # fmt: skip
+    state = model.state_dict()
+    cases = read_cases(args.data_path, 'training', args.current_fold)
+    state._metadata['trained_on'] = {'organ_ID': args.organ_ID, 'cases': [case.image_file for case in cases]}
+    return state
+
+
+def pretrain_step(model, optimizer, image, label):
+    """One Adam step on soft Dice plus cross-entropy (the latter gets a Kaiming start going); -> (Dice loss,)."""
+    logits = model(image)
+    loss = DSC_loss()(torch.sigmoid(logits), label)
+    optimizer.zero_grad()
+    (loss + F.binary_cross_entropy_with_logits(logits, label)).backward()
+    optimizer.step()
+    return (loss.item(),)
+
+
+if __name__ == '__main__':
+    arguments.run(main)

@@ -1,0 +1,80 @@
+"""Planes, windows of slices and their average: a volume (W, H, L) seen along X, Y or Z."""
+
+from typing import NamedTuple
+
+import numpy as np
+from utils import PLANES, is_organ, organ_box
+
+
+def plane_view(volume, plane):
+    """The volume (W, H, L) with the plane's axis in front, as a view: plane_view(v, 'Y')[j] is slice j along Y."""
+    return np.moveaxis(volume, PLANES.index(plane), 0)
+
+
+def slice_window(j, slices, thickness):
+    """The three slices the network sees at j: j and its neighbours, itself standing in beyond an end (thickness 3)."""
+    reach = thickness // 2
+    return [max(j - reach, 0), j, min(j + reach, slices - 1)]
+
+
+class SliceAverage:
+    """Adds up the outputs of the windows of a volume along a plane and averages them where they overlap.
+
+    A slice's sum is divided by the number of windows that cover it, whether or not a window was added (section 3.3).
+    """
+
+    def __init__(self, shape, plane, thickness):
+        self.total = np.zeros(shape, np.float32)  # (W, H, L)
+        self.view = plane_view(self.total, plane)  # the same memory, (slices, A, B)
+        self.reach = thickness // 2
+
+    def covered(self, j):
+        """The slices inside the volume that the window at j covers."""
+        return range(max(j - self.reach, 0), min(j + self.reach + 1, len(self.view)))
+
+    def add(self, j, output):
+        """Add the output (thickness, A, B) of the window at j; what belongs to a stand-in at an end is dropped."""
+        for k in self.covered(j):
+            self.view[k] += output[k - j + self.reach]
+
+    def volume(self):
+        """The average (W, H, L)."""
+        for j in range(len(self.view)):
+            self.view[j] /= len(self.covered(j))  # a window covers k as often as k's window covers it
+        return self.total
+
+
+class Slice(NamedTuple):
+    """A line of lists/training_X|Y|Z.txt; `organs` holds (pixels, minA, maxA, minB, maxB) of organ 1, 2, ..."""
+
+    case: int
+    index: int
+    image_file: str
+    label_file: str
+    average: float
+    organs: tuple
+
+    @classmethod
+    def measure(cls, case, index, image_file, label_file, image, label, organ_number, window):
+        """The record of an image and label slice (A, B); the average is of intensities clipped to `window`."""
+        organs = []
+        for organ_ID in range(1, organ_number + 1):
+            mask = is_organ(label, organ_ID)
+            box = organ_box(mask)
+            organs.append((int(mask.sum()), *box[0], *box[1]) if box else (0, 0, 0, 0, 0))
+        average = float(np.clip(image, *window).mean(dtype=np.float64))
+        return cls(case, index, image_file, label_file, average, tuple(organs))
+
+    def __str__(self):
+        numbers = [number for organ in self.organs for number in organ]
+        return ' '.join(map(str, [*self[:5], *numbers]))
+
+    @classmethod
+    def read(cls, line):
+        """The record of a list line; ValueError where it is not one."""
+        fields = line.split()
+        if len(fields) < 10 or len(fields) % 5:
+            raise ValueError(f'{line!r} is not a slice of a list; run init.py again')
+        numbers = [int(field) for field in fields[5:]]
+        organs = tuple(tuple(numbers[i : i + 5]) for i in range(0, len(numbers), 5))
+        return cls(int(fields[0]), int(fields[1]), fields[2], fields[3], float(fields[4]), organs)

@@ -1,0 +1,123 @@
+"""Testing a volume: one network along one plane (coarse, oracle, fine), and the rounds of coarse to fine."""
+
+import time
+
+import numpy as np
+import torch
+from model import load_RSTN, pick_device
+from results import Results
+from slices import SliceAverage, plane_view, slice_window
+from tqdm import tqdm
+from utils import (
+    DSC_computation,
+    epoch_name,
+    find_snapshot,
+    load_volume,
+    post_processing,
+    read_cases,
+    results_folder,
+    save_volume,
+    snapshot_folder,
+    to_unit,
+)
+
+
+class PlaneTester:
+    """The network of a plane's snapshot, loaded when it is first needed.
+
+    TEST: 'C', 'O' or 'F' as in RSTN; args: a stage's arguments.
+    """
+
+    def __init__(self, args, plane, snapshot, TEST, device):
+        self.args, self.plane, self.TEST, self.device = args, plane, TEST, device
+        self.path = snapshot_folder(args) / snapshot
+        self.net = None
+
+    def predict(self, image, **volumes):
+        """Probability (W, H, L) float32 of the organ in `image` (W, H, L) HU; see predict_volume."""
+        if self.net is None:
+            print(f'{self.plane}: snapshot {self.path}', flush=True)
+            args = self.args
+            self.net = load_RSTN(self.path, self.TEST, args.slice_thickness, args.crop_margin, self.device)
+        window = (self.args.low_range, self.args.high_range)
+        return predict_volume(self.net, image, self.plane, window, self.args.slice_thickness, self.device, **volumes)
+
+
+@torch.inference_mode()
+def predict_volume(net, image, plane, window, thickness, device, label=None, score=None, mask=None):
+    """Average of the network's outputs over all windows of `image` along `plane` (section 3.3).
+
+    image: (W, H, L) HU, clipped to `window`; label, or score and mask: what RSTN takes in testing 'O' and 'F', of the
+    image's shape. Windows without a voxel of label or mask are skipped: their output is 0. -> (W, H, L) float32
+    """
+    views = {'image': image, 'label': label, 'score': score, 'mask': mask}
+    views = {name: plane_view(volume, plane) for name, volume in views.items() if volume is not None}
+    marks = views.get('label', views.get('mask'))
+    average = SliceAverage(image.shape, plane, thickness)
+    slices = len(views['image'])
+    for j in tqdm(range(slices), desc=f'plane {plane}', leave=False, disable=None):
+        ids = slice_window(j, slices, thickness)
+        if marks is None or marks[ids].any():
+            inputs = {name: view[ids[:thickness]].astype(np.float32) for name, view in views.items() if name != 'image'}
+            inputs['image'] = to_unit(views['image'][ids], *window)
+            output = net(**{name: torch.from_numpy(array)[None].to(device) for name, array in inputs.items()})
+            average.add(j, output[0].cpu().numpy())
+    return average.volume()
+
+
+def to_bytes(probability):
+    """Probability in [0, 1] as it is stored: round(255 p), uint8."""
+    return np.around(probability * 255).astype(np.uint8)
+
+
+def stored(path, shape, compute):
+    """The volume at `path`, or `compute()` stored there."""
+    volume = load_volume(path, shape)
+    if volume is None:
+        volume = compute()
+        save_volume(path, volume)
+    return volume
+
+
+def test_plane(args, stage, TEST):
+    """Coarse or oracle testing of a fold's test cases along a plane: volumes/{epoch}_{case}.npz and results.txt."""
+    device = pick_device(args.GPU_ID)
+    snapshot = find_snapshot(args, args.plane, args.timestamp1)
+    folder = results_folder(args, stage, snapshot)
+    tester = PlaneTester(args, args.plane, snapshot, TEST, device)
+    epoch = epoch_name(args)
+    scores = []
+    with Results(folder) as results:
+        results(f'Evaluating snapshot {epoch}:')
+        for number, case in enumerate(read_cases(args.data_path, 'testing', args.current_fold), 1):
+            start = time.time()
+            image, label = case.image(args.data_path), case.label(args.data_path, args.organ_ID)
+            volumes = {'label': label} if TEST == 'O' else {}
+            volume = stored(
+                folder / 'volumes' / f'{epoch}_{number}.npz',
+                image.shape,
+                lambda image=image, volumes=volumes: to_bytes(tester.predict(image, **volumes)),
+            )
+            scores.append(DSC_computation(label, volume >= 128))
+            results(f'  Testcase {number}: DSC = {scores[-1]} .')
+            print(f'    {case.image_file}: {time.time() - start:.1f} s', flush=True)
+        mean, _ = results.average([score.value for score in scores])
+        results(f'Snapshot {epoch}: average DSC = {mean} .')
+
+
+def coarse_probability(volumes):
+    """Mean (W, H, L) float32 of the three planes' stored volumes (uint8), summed in the order X, Y, Z."""
+    return sum(volume / np.float32(255) for volume in volumes) / np.float32(len(volumes))
+
+
+def fine_rounds(testers, image, score, mask, threshold, organ_ID):
+    """Rounds 1, 2, ... (section 3.3, algorithm 1): yields the mask, uint8, of each; ends when one is empty.
+
+    testers: of TEST 'F', one a plane; score: the previous round's probability; mask: its organ.
+    """
+    while mask.any():
+        planes = [tester.predict(image, score=score, mask=mask) for tester in testers]
+        score = sum(planes) / np.float32(len(planes))
+        mask = (score >= threshold).astype(np.uint8)
+        mask = post_processing(mask, mask.copy(), 0.5, organ_ID)
+        yield mask

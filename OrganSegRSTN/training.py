@@ -1,0 +1,185 @@
+"""Training (sections 3.2 and 3.3): coarse and fine networks together, in mode S, then I, then J, along one plane.
+
+Reads the slices and lists of init.py and an FCN-8s to start from in models/pretrained/; writes after each mode the
+snapshot models/snapshots/SIJ_training_*/FD0:ZJ3_1_TIMESTAMP.pkl. Its output is the log (run.sh keeps it in logs/).
+"""
+
+import random
+import time
+
+import arguments
+import numpy as np
+import torch
+from Data import DataLayer
+from model import RSTN, DSC_loss, get_parameters, load_weights, pick_device
+from torch.utils.data import DataLoader
+from utils import find_pretrained, read_cases, snapshot_folder, snapshot_name, whole_file
+
+MODES = 'SIJ'
+GOOD_LOSS = {'S': 0.3, 'I': 0.2, 'J': 0.15}  # mean Avg loss that the published README asks for
+
+
+def main():
+    made = arguments.parser(__doc__, arguments.TRAINING)
+    made.add_argument(
+        '--pretrained', metavar='FILE', help='FCN-8s to start from (default: found in models/pretrained/)'
+    )
+    arguments.add_loading(made)
+    args = arguments.parse(made)
+    device = pick_device(args.GPU_ID)
+    seed_everything(args.seed)
+    loader = DataLoader(load_slices(args, args.plane), batch_size=1, shuffle=True, num_workers=args.workers)
+    print(f'{args.current_fold}{args.plane} {len(loader)}')
+    model = starting_model(args).to(device)
+    optimizer = make_optimizer(model, args.learning_rate1, args.learning_rate_m1)
+    for mode in MODES:
+        epochs = getattr(args, f'epoch_{mode}')
+        if epochs:
+            train_mode(args, mode, epochs, model, optimizer, loader, device)
+
+
+def seed_everything(seed):
+    """Seed every source of random numbers that training uses; None leaves them as they are."""
+    if seed is not None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+
+def load_slices(args, plane):
+    """The training set of a plane."""
+    return DataLayer(args.data_path, args.current_fold, args.organ_number, args.low_range, args.high_range,
+                     args.slice_threshold, args.slice_thickness, args.organ_ID, plane)  # fmt: skip
+
+
+def starting_model(args):
+    """The RSTN, both networks filled from a pretrained FCN-8s: all layers but the score and upscore layers.
+
+    The score layers are taken over as well where pretrain.py trained them for this organ and thickness.
+    """
+    path = find_pretrained(args)
+    weights = load_weights(path)
+    trained_on = getattr(weights, '_metadata', {}).get('trained_on', {})
+    refuse_seen_cases(args, path, trained_on)
+    with_scores = trained_on.get('organ_ID') == args.organ_ID and len(weights['score_fr.bias']) == args.slice_thickness
+    weights = {key: value for key, value in weights.items() if with_scores or 'score' not in key}
+    if 'conv1_1.weight' not in weights:
+        raise ValueError(f'{path}: not an FCN-8s: conv1_1.weight is missing')
+    width = len(weights['conv1_1.weight'])
+    model = RSTN(args.crop_margin, args.crop_prob, args.crop_sample_batch, args.slice_thickness, width=width)
+    for network in (model.coarse_model, model.fine_model):
+        missing, unknown = network.load_state_dict(weights, strict=False)
+        if unknown or any('score' not in key for key in missing):
+            raise ValueError(f'{path}: not an FCN-8s: {", ".join(unknown + missing)} unknown or missing')
+    print(f'{path}: starts both networks, width {width}, score layers {"included" if with_scores else "from zero"}')
+    print(f'{args.current_fold}{args.plane}{MODES[0]} load pre-trained FCN8s model successfully!', flush=True)
+    return model
+
+
+def refuse_seen_cases(args, path, trained_on):
+    """ValueError where the pretrained network has seen a test case of this fold."""
+    tested = {case.image_file for case in read_cases(args.data_path, 'testing', args.current_fold)}
+    seen = sorted(tested.intersection(trained_on.get('cases', ())))
+    if seen:
+        raise ValueError(
+            f'{path}: was trained on {seen[0]}, a test case of fold {args.current_fold}: '
+            'it belongs to another fold; run pretrain.py for this one'
+        )
+
+
+def make_optimizer(model, learning_rate1, learning_rate_m1):
+    """SGD of section 4.1: biases at twice the rate without decay; saliency and fine layers at `learning_rate_m1` times."""
+    rate, times = float(learning_rate1), float(learning_rate_m1)
+    groups = [
+        {
+            'params': list(get_parameters(model, coarse, bias)),
+            'lr': rate * (1 if coarse else times) * (2 if bias else 1),
+            'weight_decay': 0 if bias else 0.0005,
+        }
+        for coarse in (True, False)
+        for bias in (False, True)
+    ]
+    return torch.optim.SGD(groups, lr=rate, momentum=0.99)
+
+
+def train_mode(args, mode, epochs, model, optimizer, loader, device):
+    """Train `epochs` epochs of a mode and save its snapshot; Ctrl-C saves what there is and stops."""
+    name = f'{args.current_fold}{args.plane}{mode}'
+    snapshot = snapshot_folder(args) / snapshot_name(args, args.plane, mode, args.timestamp)
+    model.train()
+    try:
+        for epoch in range(epochs):
+            losses = train_epoch(f'{name} Epoch[{epoch + 1}/{epochs}]', mode, model, optimizer, loader, device)
+            coarse, fine, avg = losses.mean
+            print(f'{name} Epoch[{epoch + 1}], Total Coarse/Fine/Avg Loss {coarse:.4f}/{fine:.4f}/{avg:.4f}, '
+                  f'Time elapsed {losses.elapsed:.2f}s', flush=True)  # fmt: skip
+            if mode == 'J' and (epoch + 1) % args.lr_decay_epoch == 0:
+                print('lr decay')
+                for group in optimizer.param_groups:
+                    group['lr'] *= 0.5
+    except KeyboardInterrupt:
+        save_snapshot(snapshot, model)
+        print(f'{name} interrupted: saved as it was, {snapshot}', flush=True)
+        raise
+    save_snapshot(snapshot, model)
+    print(f'{name} {convergence(mode, avg)}')
+    print(f'########## end of {name} training stage!', flush=True)
+
+
+class Losses:
+    """Running mean of (coarse, fine, avg) losses and the time since the start."""
+
+    def __init__(self):
+        self.start, self.total, self.count = time.time(), np.zeros(3), 0
+
+    def add(self, losses):
+        self.total += losses
+        self.count += 1
+
+    @property
+    def mean(self):
+        return self.total / self.count
+
+    @property
+    def elapsed(self):
+        return time.time() - self.start
+
+
+def train_epoch(name, mode, model, optimizer, loader, device):
+    """One pass over the active slices; prints a line a step and returns the Losses."""
+    losses = Losses()
+    for index, (image, label) in enumerate(loader):
+        step = train_step(model, optimizer, mode, image.to(device), label.to(device))
+        losses.add(step)
+        coarse, fine, avg = step
+        print(f'{name}, Iter[{index:05d}], Coarse/Fine/Avg Loss {coarse:.4f}/{fine:.4f}/{avg:.4f}, '
+              f'Time Elapsed {losses.elapsed:.2f}s', flush=True)  # fmt: skip
+    return losses
+
+
+def train_step(model, optimizer, mode, image, label):
+    """One SGD step on 1/3 coarse + 2/3 fine loss (equation 4); -> (coarse, fine, avg) losses before it."""
+    criterion = DSC_loss()
+    coarse, fine = (criterion(probability, label) for probability in model(image, label, mode))
+    loss = coarse / 3 + fine * 2 / 3
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return coarse.item(), fine.item(), loss.item()
+
+
+def save_snapshot(path, model):
+    """Save the state dict; the file appears when it is complete."""
+    with whole_file(path) as file:
+        torch.save(model.state_dict(), file)
+
+
+def convergence(mode, avg):
+    """A line that holds the last epoch's mean Avg loss against what the published README asks for."""
+    good = GOOD_LOSS[mode]
+    verdict = 'reached' if avg <= good else 'NOT reached, see "convergence" in README.md'
+    return f'mean Avg loss of the last epoch {avg:.4f}, asked for at most {good}: {verdict}'
+
+
+if __name__ == '__main__':
+    arguments.run(main)

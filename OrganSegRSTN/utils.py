@@ -1,0 +1,314 @@
+"""Names of files and folders, folds, intensities, Dice and post-processing: what every stage shares, without torch."""
+
+import contextlib
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+try:
+    import fast_functions
+except ImportError:
+    fast_functions = None
+
+PLANES = 'XYZ'
+
+
+# --- labels, folds and intensities ---------------------------------------------------------------------------------
+
+
+def is_organ(label, organ_ID):
+    """Where `label` (any shape) shows the organ, as bool. Redefine it here, once, for overlapping organs."""
+    return label == organ_ID
+
+
+def in_training_set(total_samples, i, folds, current_fold):
+    """Whether case `i` (from 0) trains fold `current_fold`; the last total % folds folds test one case more."""
+    size, extra = divmod(total_samples, folds)
+
+    def start(fold):
+        return fold * size + max(0, fold - (folds - extra))
+
+    return not start(current_fold) <= i < start(current_fold + 1)
+
+
+def to_unit(image, low_range, high_range):
+    """Intensities clipped to [low_range, high_range] and scaled to [0, 1], float32, same shape."""
+    unit = np.clip(image, low_range, high_range).astype(np.float32)
+    unit -= np.float32(low_range)
+    unit /= np.float32(high_range - low_range)
+    return unit
+
+
+def organ_box(mask):
+    """[(first, last), ...] along each axis of the True voxels of `mask` (any dimension); None where there is none."""
+    box = []
+    for axis in range(mask.ndim):
+        hits = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
+        if hits.size == 0:
+            return None
+        box.append((int(hits[0]), int(hits[-1])))
+    return box
+
+
+# --- Dice and post-processing --------------------------------------------------------------------------------------
+
+
+class Dice(NamedTuple):
+    """Dice-Sorensen coefficient with its counts (voxels); prints as `2 * inter / (pred + label) = value`."""
+
+    value: float
+    inter: int
+    pred: int
+    label: int
+
+    def __str__(self):
+        return f'2 * {self.inter} / ({self.pred} + {self.label}) = {self.value}'
+
+
+def DSC_computation(label, pred):
+    """Dice of two masks of one shape (bool or uint8, nonzero is organ): (DSC, intersection, pred sum, label sum).
+
+    DSC is nan where both are empty: it is undefined there.
+    """
+    if label.shape != pred.shape:
+        raise ValueError(f'label of shape {label.shape} and prediction of shape {pred.shape} cannot be compared')
+    label, pred = (mask if mask.dtype in (bool, np.uint8) else mask != 0 for mask in (label, pred))
+    if fast_functions:
+        counts = np.zeros(3, np.uint32)
+        fast_functions.DSC_computation(label, pred, counts)
+        labels, preds, inter = map(int, counts)
+    else:
+        _say_slower()
+        labels, preds = np.count_nonzero(label), np.count_nonzero(pred)
+        inter = np.count_nonzero(np.logical_and(label, pred))
+    total = labels + preds
+    return Dice(2.0 * inter / total if total else float('nan'), inter, preds, labels)
+
+
+def post_processing(F, S, threshold, organ_ID):
+    """Keep the 6-connected components of F of at least `threshold` times the largest one's size.
+
+    F: mask (W, H, L), changed in place where it is a writable uint8 array, and returned; S: seed volume of F's shape,
+    without effect, as in the published C++; organ_ID: unused, kept for users' scripts. F comes back unchanged where
+    it is empty or at least half full.
+    """
+    F = np.require(F, np.uint8, ['C', 'W'])
+    if fast_functions:
+        fast_functions.post_processing(F, np.asarray(S).astype(bool, copy=False), threshold, False)
+    else:
+        _say_slower()
+        _post_processing_scipy(F, S, threshold)
+    return F
+
+
+def _post_processing_scipy(F, S, threshold, top2=False):
+    """fast_functions.post_processing in scipy; the same results, slower."""
+    from scipy import ndimage
+
+    if np.shape(S) != F.shape:
+        raise ValueError(f'S of shape {np.shape(S)} does not fit F of shape {F.shape}')
+    foreground = np.count_nonzero(F)
+    if foreground == 0 or foreground >= F.size // 2:
+        return
+    components, _ = ndimage.label(F)
+    sizes = np.bincount(components.ravel())
+    sizes[0] = 0
+    reference = np.sort(sizes[1:])[-2:][0] if top2 else sizes.max()
+    F[(sizes < threshold * reference)[components]] = 0
+
+
+_said_slower = False
+
+
+def _say_slower():
+    global _said_slower
+    if not _said_slower:
+        print('fast_functions is not built: scipy does its work, slower (pip install ./SWIG_fast_functions)')
+    _said_slower = True
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path, mode='wb'):
+    """Open a file that appears under its name only when it is complete: written beside it, flushed, renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'.{path.name[:200]}.{os.getpid()}.part')
+    try:
+        with open(part, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_array(path):
+    """The array of a .npy file; ValueError names a file that is no whole array of numbers."""
+    try:
+        array = np.load(path, allow_pickle=False)
+        if array.dtype.kind not in 'biuf':
+            raise ValueError(f'it holds {array.dtype}, not numbers')
+        return array
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such file') from None
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f'{path}: not a readable .npy array ({error}); make it again') from None
+
+
+def save_volume(path, volume):
+    """Write a prediction as a compressed .npz with the one array `volume`."""
+    with whole_file(path) as file:
+        np.savez_compressed(file, volume=volume)
+
+
+def load_volume(path, shape):
+    """The array `volume` (of `shape`) of a prediction's .npz; None, said in a line, where it must be made again."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            volume = file['volume']
+        if volume.shape == tuple(shape):
+            return volume
+        print(f'{path}: shape {volume.shape} instead of {tuple(shape)}; it is made again')
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # zlib, zip and numpy each have their own errors for a broken file
+        print(f'{path}: not readable ({error}); it is made again')
+    return None
+
+
+# --- lists ---------------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """A line of lists/training_FD0.txt or testing_FD0.txt: its number among all cases, from 0, and its files."""
+
+    number: int
+    image_file: str
+    label_file: str
+
+    def image(self, data_path):
+        """The scan (W, H, L)."""
+        return self._three_axes(load_array(os.path.join(data_path, self.image_file)), self.image_file)
+
+    def label(self, data_path, organ_ID):
+        """Where the organ is, bool (W, H, L)."""
+        label = load_array(os.path.join(data_path, self.label_file))
+        return self._three_axes(np.asarray(is_organ(label, organ_ID)), self.label_file)
+
+    @staticmethod
+    def _three_axes(volume, file):
+        if volume.ndim != 3:
+            raise ValueError(f'{file}: {volume.ndim} axes instead of 3 (W, H, L)')
+        return volume
+
+
+def slice_list(data_path, plane):
+    """lists/training_X|Y|Z.txt: all slices of all cases along a plane."""
+    return Path(data_path, 'lists', f'training_{plane}.txt')
+
+
+def fold_list(data_path, kind, fold):
+    """lists/training_FD0.txt or testing_FD0.txt, for `kind` training or testing."""
+    return Path(data_path, 'lists', f'{kind}_FD{fold}.txt')
+
+
+def read_list(path):
+    """The lines of a list that init.py wrote."""
+    try:
+        return Path(path).read_text().splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such list; run init.py first, with enough folds') from None
+    except UnicodeDecodeError:
+        raise ValueError(f'{path}: not a text file; run init.py again') from None
+
+
+def read_cases(data_path, kind, fold):
+    """The cases that train or test a fold, in order."""
+    path = fold_list(data_path, kind, fold)
+    cases = []
+    for line in read_list(path):
+        fields = line.split()
+        if len(fields) != 3 or not fields[0].isdigit():
+            raise ValueError(f'{path}: {line!r} is not `case image_file label_file`; run init.py again')
+        cases.append(Case(int(fields[0]), *fields[1:]))
+    return cases
+
+
+# --- snapshots and results -----------------------------------------------------------------------------------------
+
+
+def _stamp(timestamp):
+    """A timestamp of 15 characters is part of a name; any other is left out."""
+    return f'_{timestamp}' if len(timestamp) == 15 else ''
+
+
+def snapshot_folder(args):
+    """models/snapshots/SIJ_training_1e-5x10,20 of the data folder."""
+    return Path(args.data_path, 'models', 'snapshots', f'SIJ_training_{training_settings(args)}')
+
+
+def training_settings(args):
+    """`1e-5x10,20`: rate, multiplier and margin as they stand in folder names."""
+    return f'{args.learning_rate1}x{args.learning_rate_m1},{args.crop_margin}'
+
+
+def snapshot_name(args, plane, mode, timestamp):
+    """`FD0:XJ3_1_20261123_000000.pkl`."""
+    return f'FD{args.current_fold}:{plane}{mode}{args.slice_thickness}_{args.organ_ID}{_stamp(timestamp)}.pkl'
+
+
+def find_snapshot(args, plane, timestamp, mode='J'):
+    """Name of the snapshot to test: of the timestamp; else the untimestamped one; else the newest timestamped one."""
+    name = snapshot_name(args, plane, mode, timestamp)
+    folder = snapshot_folder(args)
+    if _stamp(timestamp) or (folder / name).exists():
+        return name
+    timed = re.compile(re.escape(name[: -len('.pkl')]) + r'_\d{8}_\d{6}\.pkl')
+    found = sorted(file.name for file in folder.glob('*.pkl') if timed.fullmatch(file.name))
+    if not found:
+        return name
+    print(f'{plane}: no snapshot without a timestamp; the newest is taken: {found[-1]}')
+    return found[-1]
+
+
+def pretrained_folder(args):
+    """models/pretrained of the data folder."""
+    return Path(args.data_path, 'models', 'pretrained')
+
+
+def pretrained_name(args):
+    """`fcn8s_FD0_1.pth`: the FCN-8s that pretrain.py trains for a fold and an organ."""
+    return f'fcn8s_FD{args.current_fold}_{args.organ_ID}.pth'
+
+
+def find_pretrained(args):
+    """The FCN-8s to start training from: --pretrained, else the first there is in models/pretrained/."""
+    if args.pretrained:
+        return Path(args.pretrained)
+    folder = pretrained_folder(args)
+    names = ['fcn8s_from_caffe.pth', 'fcn8s_from_vgg16.pth', pretrained_name(args)]
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f'{folder}: no FCN-8s to start from ({", ".join(names)}). Train one on this data with pretrain.py '
+            '(ENABLE_PRETRAINING=1 in run.sh), or convert one you have with pretrain.py --convert FILE'
+        )
+    return found
+
+
+def epoch_name(args):
+    """`e2682`: the epochs of S, I, J and the decay step."""
+    return f'e{args.epoch_S}{args.epoch_I}{args.epoch_J}{args.epoch_step}'
+
+
+def results_folder(args, stage, name):
+    """results/{stage}_testing_1e-5x10,20/{name} of the data folder."""
+    return Path(args.data_path, 'results', f'{stage}_testing_{training_settings(args)}', name)

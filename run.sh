@@ -1,0 +1,241 @@
+#!/usr/bin/env bash
+# OrganSegRSTN. Edit the values below, or give them in the environment, and run: bash run.sh
+# LAZY_MODE=1 runs everything; DRY_RUN=1 prints the commands instead. README.md explains every flag.
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+#### What to run ######################################################################################################
+: "${LAZY_MODE:=0}"                     # 1: all of these stages, on all three planes
+: "${DRY_RUN:=0}"                       # 1: print the commands, run nothing
+: "${ENABLE_DICOM2NPY:=0}"              # DICOM series in RAW_PATH -> images/
+: "${ENABLE_NII2NPY:=0}"                # NIfTI labels (and images) in RAW_PATH -> labels/ (and images/)
+: "${ENABLE_INITIALIZATION:=0}"         # slices and lists; once for a data set
+: "${ENABLE_PRETRAINING:=0}"            # an FCN-8s to start from; once for a fold
+: "${ENABLE_TRAINING:=0}"
+: "${ENABLE_COARSE_TESTING:=0}"
+: "${ENABLE_COARSE_FUSION:=0}"
+: "${ENABLE_ORACLE_TESTING:=0}"
+: "${ENABLE_ORACLE_FUSION:=0}"
+: "${ENABLE_COARSE2FINE_TESTING:=0}"
+
+#### On what ##########################################################################################################
+: "${DATA_PATH:=$HERE/data}"            # images/, labels/, and all that is made of them
+: "${RAW_PATH:=}"                       # raw scans to convert
+: "${PYTHON:=}"                         # the python of an environment of your own; none: .venv is made here
+: "${SEED:=}"                           # a whole number makes pretraining and training repeatable
+
+# for convenience: what each stage below takes unless it is told otherwise
+: "${CURRENT_ORGAN_ID:=1}"
+: "${CURRENT_PLANE:=A}"                 # X, Y, Z, or A for all three
+: "${CURRENT_FOLD:=0}"
+: "${CURRENT_GPU:=$CURRENT_FOLD}"       # number of a CUDA device, or cpu
+
+#### DEMO SETTINGS ####################################################################################################
+# They serve the built-in phantom only: lazy mode makes it where DATA_PATH holds no images and no RAW_PATH is named.
+if [[ $LAZY_MODE == 1 && -z $RAW_PATH && (-e $DATA_PATH/phantom || -z $(compgen -G "$DATA_PATH/images/*.npy")) ]]; then
+  DEMO=1
+  : "${PRETRAINING_WIDTH:=8}"           # the paper's network has 64: days on a CPU
+  : "${PRETRAINING_EPOCHS:=4}"
+  : "${PRETRAINING_LEARNING_RATE:=1e-3}"
+  : "${LEARNING_RATE1:=1e-4}"
+  : "${TRAINING_EPOCH_S:=1}"
+  : "${TRAINING_EPOCH_I:=2}"
+  : "${TRAINING_EPOCH_J:=2}"
+  : "${TRAINING_MARGIN:=10}"
+  : "${MAX_ROUNDS:=4}"
+  : "${SEED:=0}"
+else
+  DEMO=0
+fi
+#### END OF DEMO SETTINGS #############################################################################################
+
+#### Data #############################################################################################################
+: "${ORGAN_NUMBER:=1}"                  # organs that the labels hold
+: "${FOLDS:=4}"
+: "${LOW_RANGE:=-100}"                  # intensity window (HU)
+: "${HIGH_RANGE:=240}"
+: "${SLICE_THRESHOLD:=0.98}"            # share of the slices with the organ to train on; above 1: least pixels
+: "${SLICE_THICKNESS:=3}"               # 1 or 3
+
+#### Pretraining ######################################################################################################
+: "${PRETRAINING_EPOCHS:=10}"
+: "${PRETRAINING_WIDTH:=64}"            # channels of the first layer; 64 in the paper
+: "${PRETRAINING_LEARNING_RATE:=2e-4}"
+
+#### Training #########################################################################################################
+: "${TRAINING_ORGAN_ID:=$CURRENT_ORGAN_ID}"
+: "${TRAINING_PLANE:=$CURRENT_PLANE}"
+: "${TRAINING_GPU:=$CURRENT_GPU}"
+: "${LEARNING_RATE1:=1e-5}"             # coarse layers
+: "${LEARNING_RATE_M1:=10}"             # times LEARNING_RATE1: saliency and fine layers
+: "${LEARNING_RATE2:=1e-5}"             # not used
+: "${LEARNING_RATE_M2:=10}"             # not used
+: "${TRAINING_MARGIN:=20}"              # pixels around the organ's box
+: "${TRAINING_PROB:=0.5}"               # probability of a random margin
+: "${TRAINING_SAMPLE_BATCH:=1}"         # draws whose mean is a random margin
+: "${TRAINING_EPOCH_S:=2}"
+: "${TRAINING_EPOCH_I:=6}"
+: "${TRAINING_EPOCH_J:=8}"
+: "${LR_DECAY_EPOCH_J_STEP:=2}"         # epochs in J after which the rates halve
+if [[ $ENABLE_TRAINING == 1 || $LAZY_MODE == 1 ]]; then
+  : "${TRAINING_TIMESTAMP:=$(date +%Y%m%d_%H%M%S)}"
+else
+  : "${TRAINING_TIMESTAMP:=_}"
+fi
+
+#### Testing: a timestamp names the training to test; _ takes the snapshot without one, else the newest ###############
+: "${COARSE_TESTING_ORGAN_ID:=$CURRENT_ORGAN_ID}"
+: "${COARSE_TESTING_PLANE:=$CURRENT_PLANE}"
+: "${COARSE_TESTING_GPU:=$CURRENT_GPU}"
+: "${COARSE_TIMESTAMP1:=$TRAINING_TIMESTAMP}"
+: "${COARSE_TIMESTAMP2:=$TRAINING_TIMESTAMP}"   # not used, here and below
+
+: "${COARSE_FUSION_ORGAN_ID:=$CURRENT_ORGAN_ID}"
+: "${COARSE_FUSION_THRESHOLD:=0.5}"
+: "${COARSE_TIMESTAMP1_X:=$COARSE_TIMESTAMP1}"
+: "${COARSE_TIMESTAMP1_Y:=$COARSE_TIMESTAMP1}"
+: "${COARSE_TIMESTAMP1_Z:=$COARSE_TIMESTAMP1}"
+
+: "${ORACLE_TESTING_ORGAN_ID:=$CURRENT_ORGAN_ID}"
+: "${ORACLE_TESTING_PLANE:=$CURRENT_PLANE}"
+: "${ORACLE_TESTING_GPU:=$CURRENT_GPU}"
+: "${ORACLE_TIMESTAMP1:=$TRAINING_TIMESTAMP}"
+: "${ORACLE_TIMESTAMP2:=$TRAINING_TIMESTAMP}"
+
+: "${ORACLE_FUSION_ORGAN_ID:=$CURRENT_ORGAN_ID}"
+: "${ORACLE_FUSION_THRESHOLD:=0.5}"
+: "${ORACLE_TIMESTAMP1_X:=$ORACLE_TIMESTAMP1}"
+: "${ORACLE_TIMESTAMP1_Y:=$ORACLE_TIMESTAMP1}"
+: "${ORACLE_TIMESTAMP1_Z:=$ORACLE_TIMESTAMP1}"
+
+: "${COARSE2FINE_TESTING_ORGAN_ID:=$CURRENT_ORGAN_ID}"
+: "${COARSE2FINE_TESTING_GPU:=$CURRENT_GPU}"
+: "${FINE_FUSION_THRESHOLD:=0.5}"
+: "${MAX_ROUNDS:=10}"
+: "${COARSE2FINE_TIMESTAMP1_X:=$TRAINING_TIMESTAMP}"
+: "${COARSE2FINE_TIMESTAMP1_Y:=$TRAINING_TIMESTAMP}"
+: "${COARSE2FINE_TIMESTAMP1_Z:=$TRAINING_TIMESTAMP}"
+
+########################################################################################################################
+#### Nothing to edit below ############################################################################################
+########################################################################################################################
+STAGE=set-up
+trap 'status=$?; [[ $status == 0 ]] || echo "run.sh: stopped in $STAGE (exit code $status)" >&2' EXIT
+
+if [[ $DRY_RUN == 1 ]]; then
+  : "${PYTHON:=python}"
+else
+  source "$HERE/setup.sh"
+fi
+[[ $DATA_PATH == /* ]] || DATA_PATH=$PWD/$DATA_PATH
+
+run() {  # run SCRIPT ARGUMENT ...: one command of a stage, printed or run
+  if [[ $DRY_RUN == 1 ]]; then
+    printf '%q ' "$PYTHON" "$HERE/$@"
+    echo
+  else
+    "$PYTHON" "$HERE/$@"
+  fi
+}
+
+stage() {  # stage SWITCH NAME: is it on? then say so
+  [[ $1 == 1 || $LAZY_MODE == 1 ]] || return 1
+  STAGE=$2
+  echo "#### $STAGE"
+}
+
+planes() {  # the planes that X, Y, Z or A stands for
+  if [[ $LAZY_MODE == 1 || $1 == A ]]; then echo X Y Z; else echo "$1"; fi
+}
+
+data_arguments() {  # what the arguments of every stage begin with
+  ARGUMENTS=("$DATA_PATH" "$CURRENT_FOLD" "$ORGAN_NUMBER" "$LOW_RANGE" "$HIGH_RANGE" "$SLICE_THRESHOLD"
+    "$SLICE_THICKNESS" "$1")
+}
+RATES=("$LEARNING_RATE1" "$LEARNING_RATE_M1" "$LEARNING_RATE2" "$LEARNING_RATE_M2" "$TRAINING_MARGIN")
+EPOCHS=("$TRAINING_EPOCH_S" "$TRAINING_EPOCH_I" "$TRAINING_EPOCH_J" "$LR_DECAY_EPOCH_J_STEP")
+SAMPLING=("$TRAINING_PROB" "$TRAINING_SAMPLE_BATCH")
+SEEDED=(${SEED:+--seed "$SEED"})
+
+if [[ $DEMO == 1 ]]; then
+  STAGE='making the phantom'
+  echo "#### $STAGE (no images in $DATA_PATH, no RAW_PATH): DEMO SETTINGS apply"
+  RAW_PATH=$DATA_PATH/phantom
+  run DATA2NPY/make_phantom.py "$RAW_PATH"
+fi
+
+#### Conversion
+nifti_images() { [[ -n $(compgen -G "$RAW_PATH/images*/*.nii*") ]]; }
+if [[ $LAZY_MODE == 1 && -n $RAW_PATH ]]; then
+  ENABLE_NII2NPY=1
+  nifti_images || ENABLE_DICOM2NPY=1
+fi
+convert() {  # convert SWITCH SCRIPT
+  [[ $1 == 1 ]] || return 0
+  STAGE="conversion ($2)"
+  echo "#### $STAGE"
+  [[ -n $RAW_PATH ]] || { echo 'RAW_PATH is empty: name the folder of the raw scans' >&2; exit 2; }
+  run "DATA2NPY/$2" "$RAW_PATH" "$DATA_PATH"
+}
+convert "$ENABLE_DICOM2NPY" dicom2npy.py
+convert "$ENABLE_NII2NPY" nii2npy.py
+
+if stage "$ENABLE_INITIALIZATION" initialization; then
+  run OrganSegRSTN/init.py "$DATA_PATH" "$ORGAN_NUMBER" "$FOLDS" "$LOW_RANGE" "$HIGH_RANGE"
+fi
+
+#### Pretraining: lazy mode keeps what it finds in models/pretrained
+found_pretrained() {
+  [[ -n $(compgen -G "$DATA_PATH/models/pretrained/fcn8s_from_*.pth") ||
+    -e $DATA_PATH/models/pretrained/fcn8s_FD${CURRENT_FOLD}_${TRAINING_ORGAN_ID}.pth ]]
+}
+if [[ $ENABLE_PRETRAINING == 1 ]] || { [[ $LAZY_MODE == 1 ]] && ! found_pretrained; }; then
+  stage 1 pretraining
+  data_arguments "$TRAINING_ORGAN_ID"
+  run OrganSegRSTN/pretrain.py "${ARGUMENTS[@]}" "$TRAINING_GPU" "$PRETRAINING_EPOCHS" \
+    --width "$PRETRAINING_WIDTH" --learning_rate "$PRETRAINING_LEARNING_RATE" ${SEEDED[@]+"${SEEDED[@]}"}
+fi
+
+if stage "$ENABLE_TRAINING" training; then
+  data_arguments "$TRAINING_ORGAN_ID"
+  mkdir -p "$DATA_PATH/logs"
+  for plane in $(planes "$TRAINING_PLANE"); do
+    STAGE="training of plane $plane"
+    stamp=; [[ ${#TRAINING_TIMESTAMP} != 15 ]] || stamp=_$TRAINING_TIMESTAMP
+    log="$DATA_PATH/logs/FD$CURRENT_FOLD:$plane${SLICE_THICKNESS}_$TRAINING_ORGAN_ID$stamp.txt"
+    [[ $DRY_RUN == 0 ]] || log=/dev/null
+    run OrganSegRSTN/training.py "${ARGUMENTS[@]}" "$plane" "$TRAINING_GPU" "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" \
+      "$TRAINING_TIMESTAMP" ${SEEDED[@]+"${SEEDED[@]}"} 2>&1 | tee "$log"
+  done
+fi
+
+test_planes() {  # test_planes SWITCH KIND ORGAN PLANES GPU TIMESTAMP1 TIMESTAMP2
+  stage "$1" "$2 testing" || return 0
+  data_arguments "$3"
+  for plane in $(planes "$4"); do
+    STAGE="$2 testing of plane $plane"
+    run "OrganSegRSTN/$2_testing.py" "${ARGUMENTS[@]}" "$plane" "$5" "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" "$6" "$7"
+  done
+}
+
+fuse() {  # fuse SWITCH KIND ORGAN THRESHOLD TIMESTAMP1_X TIMESTAMP1_Y TIMESTAMP1_Z
+  stage "$1" "$2 fusion" || return 0
+  data_arguments "$3"
+  run "OrganSegRSTN/$2_fusion.py" "${ARGUMENTS[@]}" "$CURRENT_GPU" "${RATES[@]}" "${EPOCHS[@]}" "$4" "$5" "$6" "$7"
+}
+
+test_planes "$ENABLE_COARSE_TESTING" coarse "$COARSE_TESTING_ORGAN_ID" "$COARSE_TESTING_PLANE" \
+  "$COARSE_TESTING_GPU" "$COARSE_TIMESTAMP1" "$COARSE_TIMESTAMP2"
+fuse "$ENABLE_COARSE_FUSION" coarse "$COARSE_FUSION_ORGAN_ID" "$COARSE_FUSION_THRESHOLD" \
+  "$COARSE_TIMESTAMP1_X" "$COARSE_TIMESTAMP1_Y" "$COARSE_TIMESTAMP1_Z"
+test_planes "$ENABLE_ORACLE_TESTING" oracle "$ORACLE_TESTING_ORGAN_ID" "$ORACLE_TESTING_PLANE" \
+  "$ORACLE_TESTING_GPU" "$ORACLE_TIMESTAMP1" "$ORACLE_TIMESTAMP2"
+fuse "$ENABLE_ORACLE_FUSION" oracle "$ORACLE_FUSION_ORGAN_ID" "$ORACLE_FUSION_THRESHOLD" \
+  "$ORACLE_TIMESTAMP1_X" "$ORACLE_TIMESTAMP1_Y" "$ORACLE_TIMESTAMP1_Z"
+
+if stage "$ENABLE_COARSE2FINE_TESTING" 'coarse-to-fine testing'; then
+  data_arguments "$COARSE2FINE_TESTING_ORGAN_ID"
+  run OrganSegRSTN/coarse2fine_testing.py "${ARGUMENTS[@]}" "$COARSE2FINE_TESTING_GPU" "${RATES[@]}" "${EPOCHS[@]}" \
+    "$COARSE_FUSION_THRESHOLD" "$FINE_FUSION_THRESHOLD" "$MAX_ROUNDS" \
+    "$COARSE2FINE_TIMESTAMP1_X" "$COARSE2FINE_TIMESTAMP1_Y" "$COARSE2FINE_TIMESTAMP1_Z"
+fi
