@@ -21,6 +21,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 #### On what ##########################################################################################################
 : "${DATA_PATH:=$HERE/data}"            # images/, labels/, and all that is made of them
 : "${RAW_PATH:=}"                       # raw scans to convert
+: "${LABEL_ORIENTATION:=auto}"          # how nii2npy.py turns a label onto its image: auto, affine or published
 : "${PYTHON:=}"                         # the python of an environment of your own; none: .venv is made here
 : "${SEED:=}"                           # a whole number makes pretraining and training repeatable
 
@@ -170,15 +171,15 @@ if [[ $LAZY_MODE == 1 && -n $RAW_PATH ]]; then
   ENABLE_NII2NPY=1
   nifti_images || ENABLE_DICOM2NPY=1
 fi
-convert() {  # convert SWITCH SCRIPT
+convert() {  # convert SWITCH SCRIPT OPTION ...
   [[ $1 == 1 ]] || return 0
   STAGE="conversion ($2)"
   echo "#### $STAGE"
   [[ -n $RAW_PATH ]] || { echo 'RAW_PATH is empty: name the folder of the raw scans' >&2; exit 2; }
-  run "DATA2NPY/$2" "$RAW_PATH" "$DATA_PATH"
+  run "DATA2NPY/$2" "$RAW_PATH" "$DATA_PATH" "${@:3}"
 }
 convert "$ENABLE_DICOM2NPY" dicom2npy.py
-convert "$ENABLE_NII2NPY" nii2npy.py
+convert "$ENABLE_NII2NPY" nii2npy.py --orientation "$LABEL_ORIENTATION"
 
 if stage "$ENABLE_INITIALIZATION" initialization; then
   run OrganSegRSTN/init.py "$DATA_PATH" "$ORGAN_NUMBER" "$FOLDS" "$LOW_RANGE" "$HIGH_RANGE"

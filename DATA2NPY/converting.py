@@ -1,0 +1,75 @@
+"""What dicom2npy.py and nii2npy.py share: case names, writing a case, and going on where one case fails."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from geometry import geometry_file, save_geometry
+from utils import whole_file
+
+
+def case_name(text):
+    """The case that a folder or file stands for: 0001 of PANCREAS_0001, label0001 and img0001, else its own name."""
+    numbered = re.fullmatch(r'(?:PANCREAS_|label|img)(\d+)', text)
+    return numbered[1] if numbered else text
+
+
+def only_one(case, sources):
+    """The one source of a case; ValueError where it has several, or its name cannot stand in a list."""
+    if len(sources) > 1:
+        raise ValueError(f'{len(sources)} sources for one case: {", ".join(map(str, sources))}; keep one of them')
+    if case.split() != [case]:
+        raise ValueError(f'{sources[0]}: {case!r} holds white space, which no case name may; rename it')
+    return sources[0]
+
+
+def existing_folder(path):
+    """The path, if it is a folder."""
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f'{path}: no such folder')
+    return path
+
+
+def speaker(case):
+    """A print that begins with the case's name."""
+    return lambda note: print(f'{case}: {note}')
+
+
+def save_array(path, array):
+    """Write a .npy file; it appears only when it is complete."""
+    with whole_file(path) as file:
+        np.save(file, array)
+
+
+def save_scan(data_path, case, scan):
+    """Write geometry/CASE.json, where it is known, and images/CASE.npy, and say so in a line."""
+    where = geometry_file(data_path, case)
+    if scan.geometry:
+        save_geometry(where, scan.geometry)
+    else:
+        where.unlink(missing_ok=True)
+    save_array(image_file(data_path, case), scan.image)
+    spacing = ' x '.join(f'{s:.3g}' for s in scan.geometry.spacing) + ' mm' if scan.geometry else 'unknown spacing'
+    size = ' x '.join(map(str, scan.image.shape))
+    print(f'{case}: image {size}, {spacing}, {scan.image.min()} to {scan.image.max()} HU')
+
+
+def image_file(data_path, case):
+    """images/CASE.npy of the data folder."""
+    return Path(data_path, 'images', f'{case}.npy')
+
+
+def convert_all(cases, convert):
+    """convert(case, sources) for each case of a dict; one that fails is named, the others go on. Exit code: 0 or 1."""
+    failed = []
+    for case, sources in sorted(cases.items()):
+        try:
+            convert(case, sources)
+        except (ValueError, OSError, MemoryError) as error:
+            failed.append(f'{case}: error: {" ".join(str(error).split()) or type(error).__name__}')
+            print(failed[-1])
+        sys.stdout.flush()
+    if failed:
+        print(f'{len(failed)} of {len(cases)} cases failed:', *failed, sep='\n', file=sys.stderr)
+    return 1 if failed else 0

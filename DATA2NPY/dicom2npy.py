@@ -1,0 +1,68 @@
+"""Convert DICOM series to images/CASE.npy (rows, columns, slices; int16 HU) and geometry/CASE.json. Usage:
+
+    python dicom2npy.py [RAW] [OUT]
+
+RAW (default: the folder you are in) is searched for folders that hold a series. DOI/PANCREAS_0001/... and
+manifest-.../Pancreas-CT/PANCREAS_0001/... become case 0001; elsewhere a case is named by the first folder below RAW in
+which the series differ. OUT (default: RAW) is the data folder. Slices are ordered by InstanceNumber, as published, and
+that order is held against their positions. A case that fails is named, the others are converted, the exit code is 1.
+"""
+
+import argparse
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'OrganSegRSTN'))
+from arguments import run
+from converting import case_name, convert_all, existing_folder, only_one, save_scan, speaker
+from scans import is_slice, read_series
+
+
+def series_folders(raw):
+    """(folder, whether it holds slices), for every folder at and below `raw`, links followed."""
+    seen = set()
+    for folder, below, files in os.walk(raw, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        below[:] = sorted(b for b in below if b[0] != '.' and os.path.realpath(os.path.join(folder, b)) not in seen)
+        yield Path(folder), any(is_slice(Path(folder, name)) for name in sorted(files))
+
+
+def find_series(raw):
+    """{case: [folder, ...]} of the folders that hold slices; PANCREAS_0001 is a case even where it holds none."""
+    cases, others = defaultdict(list), {}
+    top = Path(raw).resolve().name
+    for folder, holds_slices in series_folders(raw):
+        below = folder.relative_to(raw).parts
+        numbers = [case_name(part) for part in (top, *below) if case_name(part) != part]
+        if numbers:
+            cases[numbers[0]] += [folder] * holds_slices
+        elif holds_slices:
+            others[below] = folder
+    shared = len(os.path.commonprefix([below[:-1] for below in others])) if len(others) > 1 else 0
+    for below, folder in others.items():
+        cases[below[shared] if below else top].append(folder)
+    return cases
+
+
+def main():
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument('raw', metavar='RAW', nargs='?', default='.', help='folder with the DICOM series')
+    made.add_argument('out', metavar='OUT', nargs='?', help='data folder to write to (RAW)')
+    args = made.parse_args()
+    raw, out = existing_folder(args.raw), args.out or args.raw
+    cases = find_series(raw)
+    if not cases:
+        raise FileNotFoundError(f'{raw}: no DICOM series found in it or below')
+
+    def convert(case, folders):
+        if not folders:
+            raise FileNotFoundError(f'no DICOM series found for it in {raw}')
+        save_scan(out, case, read_series(only_one(case, folders), speaker(case)))
+
+    return convert_all(cases, convert)
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,323 @@
+"""Read a scan into the array that the pipeline stores: a folder of DICOM slices, or a NIfTI file.
+
+What cannot be read faithfully is a ValueError or OSError that names the file; nothing is written here.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+import pydicom
+from geometry import Geometry, nifti_geometry
+from pydicom.uid import UID_dictionary
+
+MOST_VOXELS = 2**31  # a header that claims more is taken for broken
+DEFLATE_AT_BEST = 1100  # no gzip file grows by more when it is unpacked
+TILT = np.sin(np.radians(0.5))  # between the slices' normal and the way from slice to slice
+UNEVEN = 0.1  # of the spacing, that a gap between slices may differ from it
+
+logging.getLogger('pydicom').setLevel(logging.CRITICAL)  # what it logs and warns of, an error here tells in one line
+logging.getLogger('nibabel').setLevel(logging.CRITICAL)
+warnings.filterwarnings('ignore', module='pydicom')
+
+
+class Scan(NamedTuple):
+    """An image as stored, (rows, columns, slices) int16 HU, and its Geometry (None if unknown)."""
+
+    image: np.ndarray
+    geometry: Geometry | None
+
+
+def _stack(planes, size, source, say):
+    """(rows, columns, slices) int16 from `size` (slices, rows, columns) and its planes; `say` what that changed."""
+    stack, notes = np.empty(size, np.int16), {}
+    limits = np.iinfo(np.int16)
+    for k, plane in enumerate(planes):
+        if not np.isfinite(plane).all():
+            raise ValueError(f'{source}: slice {k} holds values that are not finite (NaN or infinite)')
+        whole = np.rint(plane)
+        stack[k] = np.clip(whole, limits.min, limits.max)
+        if np.abs(whole - plane).max() > 1e-3:
+            notes['values rounded to whole HU'] = True
+        if (stack[k] != whole).any():
+            notes[f'values beyond {limits.min} to {limits.max} HU cut off there'] = True
+    for note in notes:
+        say(note)
+    return np.ascontiguousarray(stack.transpose(1, 2, 0))
+
+
+# --- DICOM ---------------------------------------------------------------------------------------------------------
+
+
+class Slice(NamedTuple):
+    """What the header of one slice tells; lengths in mm, directions and position in LPS; None where it is silent."""
+
+    path: Path
+    series: str
+    number: int  # InstanceNumber
+    size: tuple  # rows, columns
+    spacing: tuple | None  # between rows, between columns
+    directions: np.ndarray | None  # (2, 3): along a row, and down a column
+    position: np.ndarray | None  # of the first pixel
+    thickness: float
+
+
+def read_series(folder, say=print):
+    """The one series of slices that lies directly in a folder, in the order of InstanceNumber, as a Scan.
+
+    What is there to tell besides is said by `say`, a line at a time.
+    """
+    slices = _one_series(folder, [_header(path) for path in _image_files(folder, say)])
+    _check_alike(slices)
+    slices.sort(key=lambda s: s.number)
+    _check_numbers(slices)
+    geometry = None
+    if slices[0].position is None:
+        say('no positions in its headers: the order by InstanceNumber is not checked, and no geometry is kept')
+    else:
+        geometry = Geometry(_affine(slices), 'position', str(folder), 'DICOM')
+    planes = (_hounsfield(s) for s in slices)
+    return Scan(_stack(planes, (len(slices), *slices[0].size), folder, say), geometry)
+
+
+def is_slice(path):
+    """Whether a file is, or by its name should be, a DICOM image; other DICOM objects and hidden files are not."""
+    if path.name.startswith('.') or path.suffix in ('.npy', '.npz') or path.name == 'DICOMDIR' or not path.is_file():
+        return False
+    try:
+        with open(path, 'rb') as file:
+            if file.read(132)[128:] == b'DICM':
+                kind = _dataset(path, specific_tags=['SOPClassUID']).get('SOPClassUID')
+                return not kind or kind not in UID_dictionary or 'Image Storage' in UID_dictionary[kind][0]
+    except (ValueError, OSError):
+        pass  # whoever reads it says what is wrong
+    return path.suffix.lower() in ('.dcm', '.ima')
+
+
+def _image_files(folder, say):
+    """The DICOM slices directly in a folder, sorted; what else is there is named."""
+    found = []
+    for path in sorted(Path(folder).iterdir()):
+        if is_slice(path):
+            found.append(path)
+        elif path.is_file() and not path.name.startswith('.'):
+            say(f'{path.name} is not a DICOM image, skipped')
+    return found
+
+
+def _dataset(path, **options):
+    """pydicom's Dataset of a file: of the header alone where `specific_tags` are asked for."""
+    try:
+        return pydicom.dcmread(path, stop_before_pixels='specific_tags' in options, **options)
+    except OSError:
+        raise
+    except pydicom.errors.InvalidDicomError:
+        raise ValueError(f'{path}: not a DICOM file, though its name says so') from None
+    except Exception as error:  # pydicom's parser meets a broken file with whatever it stumbles over
+        raise ValueError(f'{path}: not a readable DICOM file ({error})') from None
+
+
+def _header(path):
+    """The Slice of a file; ValueError where it is no plain slice of grey values."""
+    tags = (
+        'SeriesInstanceUID InstanceNumber Rows Columns PixelSpacing ImageOrientationPatient ImagePositionPatient '
+        'SliceThickness SpacingBetweenSlices NumberOfFrames SamplesPerPixel PhotometricInterpretation'
+    ).split()
+    dataset = _dataset(path, specific_tags=tags)
+    try:
+        values = {tag: dataset.get(tag) for tag in tags}
+        if not values['Rows'] or not values['Columns']:
+            raise ValueError('no image in it; is the file truncated?')
+        if int(values['NumberOfFrames'] or 1) > 1:
+            raise ValueError('a multi-frame image; only one slice a file can be read')
+        kind = str(values['PhotometricInterpretation'])
+        if (values['SamplesPerPixel'] or 1) > 1 or not kind.startswith('MONOCHROME'):
+            raise ValueError(f'a colour image ({kind}), not a slice of grey values')
+        if values['InstanceNumber'] is None:
+            raise ValueError('no InstanceNumber to order it by')
+        return Slice(
+            path,
+            str(values['SeriesInstanceUID']),
+            int(values['InstanceNumber']),
+            (values['Rows'], values['Columns']),
+            _numbers(values['PixelSpacing'], (2,)),
+            _numbers(values['ImageOrientationPatient'], (2, 3)),
+            _numbers(values['ImagePositionPatient'], (3,)),
+            float(values['SpacingBetweenSlices'] or values['SliceThickness'] or 1),
+        )
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f'{path}: {error}') from None
+
+
+def _numbers(value, shape):
+    """A header's list of numbers as an array of `shape`; None where it is missing or empty."""
+    if not value:
+        return None
+    numbers = np.array(value, float)
+    if numbers.size != np.prod(shape) or not np.isfinite(numbers).all():
+        raise ValueError(f'{value} where {np.prod(shape)} numbers belong')
+    return numbers.reshape(shape)
+
+
+def _one_series(folder, slices):
+    """The slices, if there are any and all are of one series."""
+    if not slices:
+        raise FileNotFoundError(f'{folder}: no DICOM series found in it')
+    others = [s for s in slices if s.series != slices[0].series]
+    if others:
+        raise ValueError(
+            f'{folder}: two series in one folder ({slices[0].path.name} and {others[0].path.name}); keep one of them'
+        )
+    return slices
+
+
+def _check_alike(slices):
+    """Refuse slices of different size, spacing or orientation, and sizes that no scan has."""
+    first = slices[0]
+    for other in slices:
+        if other.size != first.size:
+            raise ValueError(f'{other.path}: {other.size} pixels, where {first.path.name} has {first.size}')
+        for name in ('spacing', 'directions', 'position'):
+            one, two = getattr(first, name), getattr(other, name)
+            if (one is None) != (two is None):
+                raise ValueError(
+                    f'{(first if one is None else other).path}: no {name} in its header, unlike the others'
+                )
+            if name != 'position' and one is not None and not np.allclose(one, two, atol=1e-3):
+                raise ValueError(f'{other.path}: {name} {two.tolist()}, where {first.path.name} has {one.tolist()}')
+    if first.size[0] * first.size[1] * len(slices) > MOST_VOXELS:
+        raise ValueError(f'{first.path}: its header claims {first.size} pixels, which no scan has')
+
+
+def _check_numbers(slices):
+    """Refuse two slices of one InstanceNumber and, where positions cannot tell, numbers that are left out."""
+    for one, two in zip(slices, slices[1:]):
+        if one.number == two.number:
+            raise ValueError(f'{two.path}: repeated slice, InstanceNumber {two.number} is that of {one.path.name} too')
+        if two.position is None and two.number > one.number + 1:
+            raise ValueError(
+                f'{two.path.parent}: slice missing, InstanceNumber {one.number} is followed by {two.number}'
+            )
+
+
+def _affine(slices):
+    """Index of the stored array (row, column, slice) -> RAS+ mm; ValueError where the slices are no even stack."""
+    first, last = slices[0], slices[-1]
+    if first.directions is None or first.spacing is None or min(first.spacing) <= 0:
+        raise ValueError(f'{first.path}: a position, but no ImageOrientationPatient or PixelSpacing to go with it')
+    across, down = first.directions
+    if not np.allclose(first.directions @ first.directions.T, np.eye(2), atol=1e-3):
+        raise ValueError(
+            f'{first.path}: ImageOrientationPatient {first.directions.tolist()} is not two unit directions'
+        )
+    normal = np.cross(across, down)
+    step = normal * first.thickness
+    if len(slices) > 1:
+        _check_stack(slices, normal)
+        step = (last.position - first.position) / (len(slices) - 1)
+    affine = np.eye(4)
+    affine[:3] = np.stack([down * first.spacing[0], across * first.spacing[1], step, first.position], axis=1)
+    return np.diag([-1, -1, 1, 1]) @ affine  # LPS -> RAS
+
+
+def _check_stack(slices, normal):
+    """Refuse a stack that is tilted, has a gap or a repetition, or lies in another order than its InstanceNumbers."""
+    gaps = np.diff([s.position @ normal for s in slices])
+    usual = np.sort(np.abs(gaps))[(len(gaps) - 1) // 2] * np.sign(gaps.sum())
+    for one, two, gap in zip(slices, slices[1:], gaps):
+        pair = f'{two.path}: InstanceNumber {one.number} and {two.number}'
+        if abs(gap) < 1e-3:
+            raise ValueError(f'{pair} lie at one position: a repeated slice')
+        if gap * usual <= 0:
+            raise ValueError(f'{pair} run against the other slices: the numbers do not follow the positions')
+        if abs(gap - usual) > UNEVEN * abs(usual):
+            what = 'a slice is missing between them' if gap / usual > 1.5 else 'the slices are not evenly spaced'
+            raise ValueError(f'{pair} lie {abs(gap):.4g} mm apart, others {abs(usual):.4g} mm: {what}')
+    way = slices[-1].position - slices[0].position
+    if np.linalg.norm(way - (way @ normal) * normal) > TILT * np.linalg.norm(way):
+        degrees = np.degrees(np.arccos(min(1, abs(way @ normal) / np.linalg.norm(way))))
+        raise ValueError(
+            f'{slices[0].path.parent}: slices are stacked {degrees:.1f} degrees off their normal (gantry tilt)'
+        )
+
+
+def _hounsfield(slice_):
+    """(rows, columns) float64: stored values times slope plus intercept."""
+    dataset = _dataset(slice_.path)
+    try:
+        stored = dataset.pixel_array
+        slope, intercept = (
+            float(default if dataset.get(tag) is None else dataset.get(tag))
+            for tag, default in (('RescaleSlope', 1), ('RescaleIntercept', 0))
+        )
+    except Exception as error:  # every decoder has its own errors
+        raise ValueError(f'{slice_.path}: its pixels cannot be read; is the file truncated? ({error})') from None
+    if stored.shape != slice_.size:
+        raise ValueError(f'{slice_.path}: {stored.shape} pixels in it, where its header says {slice_.size}')
+    if not (np.isfinite([slope, intercept]).all() and slope):
+        raise ValueError(f'{slice_.path}: slope {slope} and intercept {intercept} give no HU')
+    return stored * slope + intercept
+
+
+# --- NIfTI ---------------------------------------------------------------------------------------------------------
+
+
+def read_nifti_image(path, say=print):
+    """A NIfTI image as a Scan, stored as published, transpose(1, 0, 2); `say` as for read_series."""
+    values, geometry = read_nifti(path)
+    if geometry.holds == 'nothing':
+        say('its header gives no affine (sform and qform codes are 0)')
+    return Scan(_stack(values.T, values.T.shape, path, say), geometry.transposed())
+
+
+def read_nifti_label(path):
+    """A NIfTI label: (uint8 array, its Geometry), axes as in the file; ValueError where a value is not 0, 1 ... 255."""
+    values, geometry = read_nifti(path)
+    with np.errstate(invalid='ignore'):
+        label = values.astype(np.uint8)
+    wrong = values[label != values]
+    if wrong.size:
+        raise ValueError(f'{path}: {wrong[0]} is not an organ; a label holds whole numbers from 0 to 255')
+    return label, geometry
+
+
+def read_nifti(path):
+    """(array of numbers, Geometry) of a 3D NIfTI file, axes as in the file."""
+    with _readable(path):
+        image = nib.load(path)
+    _check_claims(image, path)
+    with _readable(path):
+        return np.asanyarray(image.dataobj), nifti_geometry(image, path)
+
+
+@contextlib.contextmanager
+def _readable(path):
+    """Whatever nibabel, zlib and gzip raise about a broken file, as one ValueError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such file') from None
+    except Exception as error:
+        raise ValueError(f'{path}: not a readable NIfTI file; is it truncated? ({error})') from None
+
+
+def _check_claims(image, path):
+    """Refuse, before memory is taken, what is not 3D numbers or claims more voxels than the file can hold."""
+    if not isinstance(image, nib.Nifti1Pair):
+        raise ValueError(f'{path}: not a NIfTI file')
+    shape, kind = image.shape, image.get_data_dtype()
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f'{path}: shape {shape}, where one 3D volume is expected')
+    if kind.kind not in 'iufb':
+        raise ValueError(f'{path}: it holds {kind}, not plain numbers')
+    voxels = math.prod(shape)
+    data = Path(image.file_map['image'].filename)
+    room = os.path.getsize(data) * (DEFLATE_AT_BEST if data.suffix == '.gz' else 1)
+    if voxels > MOST_VOXELS or voxels * kind.itemsize > room:
+        raise ValueError(f'{path}: its header claims {shape} voxels, more than the file can hold; is it truncated?')
