@@ -7,11 +7,12 @@ Writes results/coarse2fine_testing_*/*/results.txt and volumes/R{round}_{case}.n
 
 import time
 
-import arguments
 import numpy as np
+
+import arguments
 from model import pick_device
-from results import Results
-from testing import PlaneTester, coarse_probability, fine_rounds, stored, to_bytes
+from results import Results, prepare_folder
+from testing import PlaneTester, coarse_probability, fine_rounds, run_settings, stored, to_bytes
 from utils import (
     PLANES,
     DSC_computation,
@@ -28,6 +29,8 @@ AGREEMENTS = ('0.90', '0.95', '0.98', '0.99')  # inter-iteration DSC at which a 
 
 def main():
     made = arguments.parser(__doc__, arguments.COARSE2FINE, arguments.FUSION_OPTIONAL)
+    made.add_argument('--stop_DSC', type=arguments.number(0, 1), metavar='DSC',
+                      help='end a case at the first round whose inter-iteration DSC reaches it (default: all rounds)')  # fmt: skip
     args = arguments.parse(made)
     device = pick_device(args.GPU_ID)
     snapshots = [find_snapshot(args, plane, getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
@@ -36,6 +39,10 @@ def main():
         for TEST in 'CF'
     )
     folder = results_folder(args, 'coarse2fine', folder_name(args, snapshots))
+    settings = run_settings(args, *snapshots)
+    prepare_folder(folder, settings | {'stop_DSC': args.stop_DSC or 'none'})
+    for tester in coarse:
+        prepare_folder(coarse_folder(args, tester), run_settings(args, tester.path.name))
     cases = []
     with Results(folder) as results:
         results('Fusing results of 1 snapshots:')
@@ -43,9 +50,11 @@ def main():
             start = time.time()
             results(f'  Testcase {number}:')
             label = case.label(args.data_path, args.organ_ID)
-            masks = stored_rounds(
-                folder, number, label.shape, args, lambda c=case, n=number: rounds(args, c, n, coarse, fine)
-            )
+            masks = stored_rounds(folder, number, label.shape, args)
+            if not finished(masks, args):
+                masks = rounds(args, case, number, coarse, fine)
+                for r, mask in enumerate(masks):
+                    save_volume(folder / 'volumes' / f'R{r}_{number}.npz', mask)
             cases.append(report_rounds(results, label, masks))
             print(f'    {case.image_file}: {time.time() - start:.1f} s', flush=True)
         report_averages(results, cases, args.max_rounds)
@@ -58,32 +67,51 @@ def folder_name(args, snapshots):
     return f'FD{args.current_fold}:{names}:{epoch_name(args)}_{thresholds},{args.max_rounds}'
 
 
-def stored_rounds(folder, number, shape, args, compute):
-    """The masks of rounds 0, 1, ... of a case, read from `folder` where all are there, or computed and stored."""
-    paths = [folder / 'volumes' / f'R{r}_{number}.npz' for r in range(args.max_rounds + 1)]
-    masks = [load_volume(path, shape) for path in paths]
-    if any(mask is None for mask in masks):
-        masks = compute()
-        for path, mask in zip(paths, masks):
-            save_volume(path, mask)
+def stored_rounds(folder, number, shape, args):
+    """The masks of rounds 0, 1, ... of a case as far as they are stored, and needed."""
+    masks = []
+    for r in range(args.max_rounds + 1):
+        mask = load_volume(folder / 'volumes' / f'R{r}_{number}.npz', shape)
+        if mask is None:
+            break
+        masks.append(mask)
+        if finished(masks, args):
+            break
     return masks
 
 
+def finished(masks, args):
+    """Whether these are all rounds of a case: max_rounds, or two that agree as --stop_DSC asks."""
+    if args.stop_DSC and len(masks) > 1 and agreement(masks[-2], masks[-1]).value >= args.stop_DSC:
+        return True
+    return len(masks) == args.max_rounds + 1
+
+
+def agreement(before, mask):
+    """Inter-iteration Dice of two rounds; two empty ones agree."""
+    dice = DSC_computation(before, mask)
+    return dice if dice.pred + dice.label else dice._replace(value=1.0)
+
+
 def rounds(args, case, number, coarse, fine):
-    """The masks (W, H, L) uint8 of round 0 to max_rounds; after an empty one all are empty."""
+    """The masks (W, H, L) uint8 of round 0 and on, until they are finished; after an empty one all are empty."""
     image = case.image(args.data_path)
     score = coarse_probability([coarse_volume(args, tester, image, number) for tester in coarse])
     masks = [(score >= args.fine_threshold).astype(np.uint8)]
     looks = fine_rounds(fine, image, score, masks[0], args.fine_threshold, args.organ_ID)
-    for _, mask in zip(range(args.max_rounds), looks):
-        masks.append(mask)
-    masks += [np.zeros_like(masks[0])] * (args.max_rounds + 1 - len(masks))
+    while not finished(masks, args):
+        masks.append(next(looks, np.zeros_like(masks[0])))
     return masks
+
+
+def coarse_folder(args, tester):
+    """The result folder of coarse testing of a plane."""
+    return results_folder(args, 'coarse', tester.path.name)
 
 
 def coarse_volume(args, tester, image, number):
     """A plane's coarse volume (uint8) of a case: coarse testing's own file."""
-    file = results_folder(args, 'coarse', tester.path.name) / 'volumes' / f'{epoch_name(args)}_{number}.npz'
+    file = coarse_folder(args, tester) / 'volumes' / f'{epoch_name(args)}_{number}.npz'
     return stored(file, image.shape, lambda: to_bytes(tester.predict(image)))
 
 
@@ -91,29 +119,28 @@ def report_rounds(results, label, masks):
     """Print a case's rounds; -> [(DSC, inter-iteration DSC)], the latter nan in round 0."""
     scores = []
     for r, mask in enumerate(masks):
-        score, agreement = DSC_computation(label, mask), np.nan
+        score, inter = DSC_computation(label, mask), None
         results(f'    Round {r}, DSC = {score} .')
         if r > 0:
-            inter = DSC_computation(masks[r - 1], mask)
-            inter = inter if inter.pred + inter.label else inter._replace(value=1.0)  # two empty rounds agree
+            inter = agreement(masks[r - 1], mask)
             results(f'      Inter-iteration DSC = {inter} .')
-            agreement = inter.value
-        scores.append((score.value, agreement))
+        scores.append((score.value, inter.value if inter else np.nan))
     return scores
 
 
 def report_averages(results, cases, max_rounds):
-    """Print the averages of every round and of stopping at each agreement."""
+    """Print the averages of every round (a case that has stopped keeps its last DSC) and of stopping at an agreement."""
     for r in range(max_rounds + 1):
-        results(f'Round {r}, Average DSC = {results.average([scores[r][0] for scores in cases])[0]} .')
-    for agreement in AGREEMENTS:
-        mean, std = results.average([stopped_at(scores, float(agreement)) for scores in cases])
-        results(f'DSC threshold = {agreement}, Average DSC = {mean} std = {std} .')
+        mean, _ = results.average([scores[min(r, len(scores) - 1)][0] for scores in cases])
+        results(f'Round {r}, Average DSC = {mean} .')
+    for asked in AGREEMENTS:
+        mean, std = results.average([stopped_at(scores, float(asked)) for scores in cases])
+        results(f'DSC threshold = {asked}, Average DSC = {mean} std = {std} .')
 
 
-def stopped_at(scores, agreement):
-    """DSC of the first round whose inter-iteration DSC reaches `agreement`, else of the last."""
-    return next((score for score, inter in scores[1:] if inter >= agreement), scores[-1][0])
+def stopped_at(scores, asked):
+    """DSC of the first round whose inter-iteration DSC reaches `asked`, else of the last."""
+    return next((score for score, inter in scores[1:] if inter >= asked), scores[-1][0])
 
 
 if __name__ == '__main__':

@@ -1,7 +1,8 @@
 """Fusing the three planes of coarse or oracle testing by vote (section 3.3)."""
 
 import numpy as np
-from results import Results
+
+from results import Results, prepare_folder, read_settings
 from utils import (
     PLANES,
     DSC_computation,
@@ -24,13 +25,15 @@ def fuse(args, stage):
     epoch = epoch_name(args)
     planes = ','.join(name.removeprefix(f'FD{args.current_fold}:') for name in snapshots)
     folder = results_folder(args, stage, f'FD{args.current_fold}:fusion:{planes}_{epoch},{args.threshold}')
+    sources = [results_folder(args, stage, snapshot) for snapshot in snapshots]
+    prepare_folder(folder, {'planes': [read_settings(source / 'run.json') for source in sources]})
     values = {fusion: [] for fusion in FUSIONS}
     with Results(folder) as results:
         results('Fusing results of 1 snapshots:')
         for number, case in enumerate(read_cases(args.data_path, 'testing', args.current_fold), 1):
             results(f'  Testcase {number}:')
             label = case.label(args.data_path, args.organ_ID)
-            files = [results_folder(args, stage, s) / 'volumes' / f'{epoch}_{number}.npz' for s in snapshots]
+            files = [source / 'volumes' / f'{epoch}_{number}.npz' for source in sources]
             masks = stored_fusion(folder / 'volumes', number, files, label.shape, args)
             for fusion in FUSIONS:
                 score = DSC_computation(label, masks[fusion])

@@ -231,7 +231,10 @@ def load_weights(path):
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such file') from None
+        raise FileNotFoundError(
+            f'{path}: no such weights; train them first, or look whether fold, plane, organ, rates, margin and timestamp '
+            'are those of the training'
+        ) from None
     except pickle.UnpicklingError as error:
         reason = str(error).split('\n')[0]
         raise ValueError(f'{path}: refused, since it is not plain weights or is broken ({reason})') from None

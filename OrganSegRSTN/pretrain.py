@@ -5,11 +5,14 @@ models/pretrained/fcn8s_FD{fold}_{organ}.pth; or converts (--convert) the weight
 taken over as it is, or torchvision's vgg16-*.pth, written as fcn8s_from_vgg16.pth.
 """
 
-import arguments
+import random
+
 import torch
 import torch.nn.functional as F
-from model import DSC_loss, FCN8s, load_weights, pick_device
 from torch.utils.data import ConcatDataset, DataLoader
+
+import arguments
+from model import DSC_loss, FCN8s, bounding_box, crop, load_weights, pick_device
 from training import Losses, load_slices, seed_everything
 from utils import PLANES, pretrained_folder, pretrained_name, read_cases, whole_file
 
@@ -21,8 +24,14 @@ SCORE_LAYERS = ('score_', 'upscore')
 def main():
     made = arguments.parser(__doc__, POSITIONALS)
     made.add_argument('--width', type=arguments.whole(3), default=64, help="the first layer's channels (default 64)")
-    made.add_argument('--learning_rate', type=arguments.number(0), default=2e-4, help="Adam's rate (default 2e-4)")
+    made.add_argument(
+        '--learning_rate',
+        type=arguments.number(0),
+        default=2e-4,
+        help="Adam's rate, falling to 0 along a cosine (default 2e-4)",
+    )
     made.add_argument('--convert', metavar='FILE', help='convert these weights instead of training')
+    made.add_argument('--crop_margin', type=arguments.whole(0), default=20, help='as in training.py (default 20)')
     arguments.add_loading(made)
     args = arguments.parse(made)
     device = pick_device(args.GPU_ID)
@@ -66,23 +75,36 @@ def from_vgg16(weights, expected):
 
 
 def pretrain(args, device):
-    """Train an FCN-8s on the active slices of the fold's training cases, X, Y and Z mixed; -> its state dict."""
+    """Train an FCN-8s on the active slices of the fold's training cases, X, Y and Z mixed; -> its state dict.
+
+    It is to start the coarse and the fine network, so that it sees every other slice whole, the others cropped around
+    the organ.
+    """
     seed_everything(args.seed)
     slices = ConcatDataset([load_slices(args, plane) for plane in PLANES])
     loader = DataLoader(slices, batch_size=1, shuffle=True, num_workers=args.workers)
     print(f'{args.current_fold} {len(loader)}')
     model = FCN8s(args.slice_thickness, args.width).to(device).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
+    rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs * len(loader))
     for epoch in range(args.epochs):
         losses = Losses()
-        for image, label in loader:
+        for sample in loader:
+            image, label = random_crop(*sample, args.crop_margin) if random.random() < 0.5 else sample
             losses.add(pretrain_step(model, optimizer, image.to(device), label.to(device)))
+            rates.step()
         print(f'{args.current_fold} Epoch[{epoch + 1}/{args.epochs}], Dice Loss {losses.mean[0]:.4f}, '
               f'Time elapsed {losses.elapsed:.2f}s', flush=True)  # fmt: skip
     state = model.state_dict()
     cases = read_cases(args.data_path, 'training', args.current_fold)
     state._metadata['trained_on'] = {'organ_ID': args.organ_ID, 'cases': [case.image_file for case in cases]}
     return state
+
+
+def random_crop(image, label, crop_margin):
+    """Image and label (1, C, A, B) cropped around the organ, each side with a margin from 0 to twice `crop_margin`."""
+    box = bounding_box(label[0] >= 0.5, [random.randint(0, 2 * crop_margin) for _ in range(4)])
+    return (crop(image, box), crop(label, box)) if box else (image, label)
 
 
 def pretrain_step(model, optimizer, image, label):

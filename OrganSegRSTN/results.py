@@ -1,7 +1,10 @@
-"""results.txt: every line is printed and kept; the file is written whole at the end."""
+"""results.txt and run.json of a result folder: what came out, and what it was made with."""
 
+import hashlib
+import json
 import math
 import statistics
+from pathlib import Path
 
 from utils import whole_file
 
@@ -37,3 +40,50 @@ class Results:
         with whole_file(self.path, 'w') as file:
             file.write('\n'.join(self.lines) + '\n')
         print(f'written: {self.path.parent}', flush=True)
+
+
+def prepare_folder(folder, settings):
+    """Make sure that what is stored in folder/volumes was made with these settings (kept in folder/run.json).
+
+    Volumes made with others are removed, said in a line; volumes without a run.json (the published pipeline's) are kept.
+    A value None is unknown and equals any.
+    """
+    path = folder / 'run.json'
+    volumes = list(folder.glob('volumes/*.npz'))
+    former = read_settings(path)
+    if volumes and former is None:
+        print(f'{folder}: {len(volumes)} volumes of unknown settings are taken as they are (no run.json)')
+    differing = [f'{k}: {former[k]}, now {v}' for k, v in settings.items() if not _same((former or {}).get(k), v)]
+    if differing:
+        if volumes:
+            print(f'{folder}: {len(volumes)} volumes made with other settings are made again ({"; ".join(differing)})')
+        for volume in volumes:
+            volume.unlink()
+    if former is None or differing:
+        with whole_file(path, 'w') as file:
+            json.dump(settings, file, indent=1)
+
+
+def _same(former, now):
+    return former is None or now is None or former == now
+
+
+def read_settings(path):
+    """The settings in a run.json; None where there is none that can be read."""
+    try:
+        settings = json.loads(Path(path).read_text())
+        return settings if isinstance(settings, dict) else None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def checksum(path):
+    """SHA-256 of a file, or None where it is gone."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, 'rb') as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except FileNotFoundError:
+        return None
+    return digest.hexdigest()

@@ -4,10 +4,11 @@ import time
 
 import numpy as np
 import torch
-from model import load_RSTN, pick_device
-from results import Results
-from slices import SliceAverage, plane_view, slice_window
 from tqdm import tqdm
+
+from model import load_RSTN, pick_device
+from results import Results, checksum, prepare_folder
+from slices import SliceAverage, plane_view, slice_window
 from utils import (
     DSC_computation,
     epoch_name,
@@ -79,11 +80,20 @@ def stored(path, shape, compute):
     return volume
 
 
+def run_settings(args, *snapshots):
+    """What a stored volume depends on, apart from its folder's name: for run.json."""
+    return {
+        'window': [args.low_range, args.high_range],
+        'snapshots': [checksum(snapshot_folder(args) / snapshot) for snapshot in snapshots],
+    }
+
+
 def test_plane(args, stage, TEST):
     """Coarse or oracle testing of a fold's test cases along a plane: volumes/{epoch}_{case}.npz and results.txt."""
     device = pick_device(args.GPU_ID)
     snapshot = find_snapshot(args, args.plane, args.timestamp1)
     folder = results_folder(args, stage, snapshot)
+    prepare_folder(folder, run_settings(args, snapshot))
     tester = PlaneTester(args, args.plane, snapshot, TEST, device)
     epoch = epoch_name(args)
     scores = []
