@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import ring
+
 OUTSIDE = -9999999.0  # logit of every pixel outside the fine network's box: probability 0
 
 
@@ -54,11 +56,11 @@ class FCN8s(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x):
-        pool3, pool4, fc7 = self.features(x)
+        pool3, pool4, fc7 = ring.features(self, x)  # = self.features(x), faster
         return self.upsample(self.score_pool3(pool3), self.score_pool4(pool4), self.score_fr(fc7), x.shape[2:])
 
     def features(self, x):
-        """What the score layers see: pool3 at 1/8, pool4 at 1/16 and fc7 at 1/32 of the padded size."""
+        """What the score layers see: pool3 at 1/8, pool4 at 1/16 and fc7 at 1/32 of the padded size; the plain way."""
         pools = []
         for block, convs in enumerate((2, 2, 3, 3, 3)):
             for conv in range(convs):

@@ -1,0 +1,112 @@
+"""FCN-8s without the ring: what the padding of 100 computes is computed only where the image can be felt.
+
+conv1_1 pads the image by 100 pixels, so that a crop of 96 x 96 becomes 294 x 294: nine tenths of it hold no image. What
+a layer answers there is known beforehand. Under zero padding every layer of an image-free input has, per channel, one
+`level` wherever its edges are out of reach, and a rim around it:
+
+    +-----------------+    rim         set by the weights and the distance to the edge alone, 1 to 6 pixels wide; the
+    |       rim       |                same all along an edge, so that a small canvas, stretched where needed, gives it
+    |   . . . . . .   |    .           the level: a constant of the channel
+    |   . +-----+ .   |    deviation   what the image changes: 0 outside the image's reach, which starts as the image
+    |   . |image| .   |                and grows by a pixel in every convolution
+    |   . +-----+ .   |
+    |   . . . . . .   |    activation = background (level and rim) + deviation
+    +-----------------+
+
+Rim and reach meet only after pool4 (at 1/16 of the size, where the ring is 6 pixels wide): up to there the two parts are
+computed apart, one on a canvas of 5 to 16 pixels, one on the image. The deviation needs no surroundings, for they are 0:
+
+    x = level + d    =>    conv(x, w) + b = conv(d, w) + v,  where v = conv(level, w) + b is read off the canvas
+                           relu(conv(x, w) + b) = relu(v) + d',  d' = relu(conv(d, w) + v) - relu(v)
+
+and max pooling commutes with subtracting a constant. From pool4 on everything depends on everything, and fc6 is computed
+as the matrix product that it is, since a 7 x 7 convolution of few positions spends its time rearranging 100 M weights.
+
+All of it is plain differentiable PyTorch without any memory of earlier calls: it is the same function of the same
+parameters as the plain network (Long et al., CVPR 2015; Yu et al., CVPR 2018, section 3), in training and in testing.
+"""
+
+import torch
+import torch.nn.functional as F
+
+PADDING = 100  # of conv1_1; the other convolutions pad by 1
+CONVS = (2, 2, 3, 3, 3)  # convolutions of a block, each block ending in 2 x 2 pooling
+
+
+def features(net, x):
+    """What the score layers of an FCN8s see for images (N, 3, A, B): pool3, pool4 and fc7, as its plain layers give them."""
+    pool3, pool4 = early_blocks(net, x)
+    x = pool4
+    for conv in range(CONVS[4]):
+        x = F.relu(_layer(net, 5, conv)(x), inplace=True)
+    x = F.max_pool2d(x, 2, ceil_mode=True)
+    x = net.drop6(F.relu(as_matrix_product(net.fc6, x), inplace=True))
+    x = net.drop7(F.relu(as_matrix_product(net.fc7, x), inplace=True))
+    return pool3, pool4, x
+
+
+def early_blocks(net, image):
+    """pool3 and pool4 of images (N, 3, A, B): (N, channels, ~(A + 198) / 8, ~(B + 198) / 8), and the same at 1/16."""
+    size = [n + 2 * PADDING - 2 for n in image.shape[2:]]  # of the plain network's activations
+    start = PADDING - 1  # where the deviation begins in them, along both axes
+    rim = -1  # conv1_1's own padding is 0 like its input: no rim
+    background, deviation = image.new_zeros(1, 3, 1, 1), image.contiguous(memory_format=torch.channels_last)
+    pools = []
+    for block, convs in enumerate(CONVS[:4], 1):
+        rim += convs
+        background = stretch(background, [2 * (rim + 2) - n % 2 for n in size])
+        deviation, start = align(deviation, start, convs)
+        for conv in range(convs):
+            background, deviation = convolve(_layer(net, block, conv), background, deviation)
+        background = F.max_pool2d(background, 2, ceil_mode=True)
+        deviation = F.max_pool2d(deviation, 2)
+        start, rim, size = (start - convs) // 2, (rim + 1) // 2, [(n + 1) // 2 for n in size]
+        pools.append((background, deviation, start, size))
+    return [assemble(*pool) for pool in pools[2:]]
+
+
+def convolve(layer, background, deviation):
+    """A 3 x 3 convolution and its ReLU, on the background (same size) and on the deviation (one pixel wider all round)."""
+    background = F.conv2d(background, layer.weight, layer.bias, padding=1)
+    level = background[0, :, background.shape[2] // 2, background.shape[3] // 2]
+    deviation = F.conv2d(deviation, layer.weight, level, padding=2)
+    level = F.relu(level)[:, None, None]
+    if deviation.requires_grad:
+        return F.relu(background), F.relu(deviation, inplace=True) - level
+    return background.relu_(), deviation.relu_().sub_(level)
+
+
+def align(deviation, start, convs):
+    """The deviation and its start, so padded that, `convs` convolutions later, it consists of whole pooling windows."""
+    before = (start - convs) % 2
+    after = [(start + n + convs) % 2 for n in deviation.shape[2:]]
+    return F.pad(deviation, (before, after[1], before, after[0])), start - before
+
+
+def stretch(background, size):
+    """The background of the same weights for another, larger size: its middle row and column are repeated."""
+    for axis, n in zip((2, 3), size):
+        small = background.shape[axis]
+        place = torch.arange(n, device=background.device)
+        place = torch.maximum(place.clamp(max=(small - 1) // 2), place - (n - small))  # 0 1 2 2 2 2 3 4
+        background = background.index_select(axis, place)
+    return background
+
+
+def assemble(background, deviation, start, size):
+    """Activations (N, C, *size): the background of that size plus the deviation, which begins at `start`."""
+    after = [n - start - small for n, small in zip(size, deviation.shape[2:])]
+    return stretch(background, size) + F.pad(deviation, (start, after[1], start, after[0]))
+
+
+def as_matrix_product(layer, x):
+    """An unpadded convolution (Conv2d) of few positions, as one product with its weights where they lie in memory."""
+    n, _, a, b = x.shape
+    out, _, *kernel = layer.weight.shape
+    patches = F.unfold(x, kernel).mT.flatten(0, 1).contiguous()  # (positions, inputs)
+    y = F.linear(patches, layer.weight.flatten(1), layer.bias)  # (positions, outputs)
+    return y.view(n, a - kernel[0] + 1, b - kernel[1] + 1, out).permute(0, 3, 1, 2)
+
+
+def _layer(net, block, conv):
+    return net.get_submodule(f'conv{block}_{conv + 1}')
