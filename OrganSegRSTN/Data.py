@@ -5,8 +5,9 @@ import os
 
 import numpy as np
 import torch
-from slices import Slice
 from torch.utils.data import Dataset
+
+from slices import Slice
 from utils import is_organ, load_array, read_cases, read_list, slice_list, to_unit
 
 

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
-from utils import PLANES, is_organ, organ_box
+
+from utils import PLANES
 
 
 def plane_view(volume, plane):
@@ -54,17 +55,6 @@ class Slice(NamedTuple):
     average: float
     organs: tuple
 
-    @classmethod
-    def measure(cls, case, index, image_file, label_file, image, label, organ_number, window):
-        """The record of an image and label slice (A, B); the average is of intensities clipped to `window`."""
-        organs = []
-        for organ_ID in range(1, organ_number + 1):
-            mask = is_organ(label, organ_ID)
-            box = organ_box(mask)
-            organs.append((int(mask.sum()), *box[0], *box[1]) if box else (0, 0, 0, 0, 0))
-        average = float(np.clip(image, *window).mean(dtype=np.float64))
-        return cls(case, index, image_file, label_file, average, tuple(organs))
-
     def __str__(self):
         numbers = [number for organ in self.organs for number in organ]
         return ' '.join(map(str, [*self[:5], *numbers]))
@@ -78,3 +68,33 @@ class Slice(NamedTuple):
         numbers = [int(field) for field in fields[5:]]
         organs = tuple(tuple(numbers[i : i + 5]) for i in range(0, len(numbers), 5))
         return cls(int(fields[0]), int(fields[1]), fields[2], fields[3], float(fields[4]), organs)
+
+
+def slice_averages(image, window):
+    """{plane: mean intensity of each slice} of `image` (W, H, L), clipped to `window`."""
+    clipped = np.clip(image, *window)
+    exact = np.int64 if clipped.dtype.kind in 'iu' else np.float64
+    rows = clipped.sum(axis=2, dtype=exact)  # (W, H)
+    sums = {'X': rows.sum(axis=1), 'Y': rows.sum(axis=0), 'Z': clipped.sum(axis=(0, 1), dtype=exact)}
+    return {plane: values / (image.size // len(values)) for plane, values in sums.items()}
+
+
+def organ_extents(mask):
+    """{plane: (slices, 5) array} of `mask` (W, H, L): pixels, minA, maxA, minB, maxB of each slice; 0 where empty."""
+    counts = [mask.sum(axis=axis, dtype=np.int64) for axis in range(3)]
+
+    def profile(axis, other):  # pixels by slice and place along the other axis
+        kept = counts[3 - axis - other]
+        return kept if axis < other else kept.T
+
+    extents = {}
+    for axis, plane in enumerate(PLANES):
+        a, b = (profile(axis, other) for other in range(3) if other != axis)
+        extents[plane] = np.stack([a.sum(axis=1), *_ends(a > 0), *_ends(b > 0)], axis=1)
+    return extents
+
+
+def _ends(hits):
+    """First and last True of each row of `hits` (slices, n); 0 where there is none."""
+    last = hits.shape[1] - 1 - hits[:, ::-1].argmax(axis=1)
+    return hits.argmax(axis=1), np.where(hits.any(axis=1), last, 0)

@@ -4,15 +4,17 @@ Reads the slices and lists of init.py and an FCN-8s to start from in models/pret
 snapshot models/snapshots/SIJ_training_*/FD0:ZJ3_1_TIMESTAMP.pkl. Its output is the log (run.sh keeps it in logs/).
 """
 
+import math
 import random
 import time
 
-import arguments
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
+
+import arguments
 from Data import DataLayer
 from model import RSTN, DSC_loss, get_parameters, load_weights, pick_device
-from torch.utils.data import DataLoader
 from utils import find_pretrained, read_cases, snapshot_folder, snapshot_name, whole_file
 
 MODES = 'SIJ'
@@ -152,6 +154,8 @@ def train_epoch(name, mode, model, optimizer, loader, device):
         step = train_step(model, optimizer, mode, image.to(device), label.to(device))
         losses.add(step)
         coarse, fine, avg = step
+        if not math.isfinite(avg):
+            raise ValueError(f'{name}, Iter[{index:05d}]: the loss is {avg}; start again with a lower learning rate')
         print(f'{name}, Iter[{index:05d}], Coarse/Fine/Avg Loss {coarse:.4f}/{fine:.4f}/{avg:.4f}, '
               f'Time Elapsed {losses.elapsed:.2f}s', flush=True)  # fmt: skip
     return losses

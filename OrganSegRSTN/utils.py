@@ -43,17 +43,6 @@ def to_unit(image, low_range, high_range):
     return unit
 
 
-def organ_box(mask):
-    """[(first, last), ...] along each axis of the True voxels of `mask` (any dimension); None where there is none."""
-    box = []
-    for axis in range(mask.ndim):
-        hits = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        if hits.size == 0:
-            return None
-        box.append((int(hits[0]), int(hits[-1])))
-    return box
-
-
 # --- Dice and post-processing --------------------------------------------------------------------------------------
 
 
