@@ -26,10 +26,10 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${SEED:=}"                           # a whole number makes pretraining and training repeatable
 
 # for convenience: what each stage below takes unless it is told otherwise
-: "${CURRENT_ORGAN_ID:=1}"
+: "${CURRENT_ORGAN_ID:=1}"              # or several: "1 3 4"
 : "${CURRENT_PLANE:=A}"                 # X, Y, Z, or A for all three
-: "${CURRENT_FOLD:=0}"
-: "${CURRENT_GPU:=$CURRENT_FOLD}"       # number of a CUDA device, or cpu
+: "${CURRENT_FOLD:=0}"                  # or A for all folds
+: "${CURRENT_GPU:=${CURRENT_FOLD/A/0}}" # number of a CUDA device, or cpu
 
 #### DEMO SETTINGS ####################################################################################################
 # They serve the built-in phantom only: lazy mode makes it where DATA_PATH holds no images and no RAW_PATH is named.
@@ -78,6 +78,7 @@ fi
 : "${TRAINING_EPOCH_I:=6}"
 : "${TRAINING_EPOCH_J:=8}"
 : "${LR_DECAY_EPOCH_J_STEP:=2}"         # epochs in J after which the rates halve
+: "${FINE_ITERATIONS:=1}"               # the paper's T: fine steps a sample in I and J
 if [[ $ENABLE_TRAINING == 1 || $LAZY_MODE == 1 ]]; then
   : "${TRAINING_TIMESTAMP:=$(date +%Y%m%d_%H%M%S)}"
 else
@@ -113,6 +114,7 @@ fi
 : "${COARSE2FINE_TESTING_GPU:=$CURRENT_GPU}"
 : "${FINE_FUSION_THRESHOLD:=0.5}"
 : "${MAX_ROUNDS:=10}"
+: "${STOP_DSC:=}"                       # end a case where two rounds agree so (0.99); empty: all rounds, as published
 : "${COARSE2FINE_TIMESTAMP1_X:=$TRAINING_TIMESTAMP}"
 : "${COARSE2FINE_TIMESTAMP1_Y:=$TRAINING_TIMESTAMP}"
 : "${COARSE2FINE_TIMESTAMP1_Z:=$TRAINING_TIMESTAMP}"
@@ -149,9 +151,22 @@ planes() {  # the planes that X, Y, Z or A stands for
   if [[ $LAZY_MODE == 1 || $1 == A ]]; then echo X Y Z; else echo "$1"; fi
 }
 
-data_arguments() {  # what the arguments of every stage begin with
-  ARGUMENTS=("$DATA_PATH" "$CURRENT_FOLD" "$ORGAN_NUMBER" "$LOW_RANGE" "$HIGH_RANGE" "$SLICE_THRESHOLD"
-    "$SLICE_THICKNESS" "$1")
+folds() {  # the folds that a number or A stands for
+  if [[ $CURRENT_FOLD == A ]]; then seq 0 $((FOLDS - 1)); else echo "$CURRENT_FOLD"; fi
+}
+
+data_arguments() {  # data_arguments FOLD ORGAN: what the arguments of every stage begin with
+  ARGUMENTS=("$DATA_PATH" "$1" "$ORGAN_NUMBER" "$LOW_RANGE" "$HIGH_RANGE" "$SLICE_THRESHOLD" "$SLICE_THICKNESS" "$2")
+}
+
+each() {  # each "ORGANS" FUNCTION ARGUMENT ...: call FUNCTION ARGUMENT ... for every fold and organ (in $fold and $organ)
+  local fold organ
+  for fold in $(folds); do
+    for organ in $1; do
+      data_arguments "$fold" "$organ"
+      "${@:2}"
+    done
+  done
 }
 RATES=("$LEARNING_RATE1" "$LEARNING_RATE_M1" "$LEARNING_RATE2" "$LEARNING_RATE_M2" "$TRAINING_MARGIN")
 EPOCHS=("$TRAINING_EPOCH_S" "$TRAINING_EPOCH_I" "$TRAINING_EPOCH_J" "$LR_DECAY_EPOCH_J_STEP")
@@ -186,57 +201,76 @@ if stage "$ENABLE_INITIALIZATION" initialization; then
 fi
 
 #### Pretraining: lazy mode keeps what it finds in models/pretrained
-found_pretrained() {
-  [[ -n $(compgen -G "$DATA_PATH/models/pretrained/fcn8s_from_*.pth") ||
-    -e $DATA_PATH/models/pretrained/fcn8s_FD${CURRENT_FOLD}_${TRAINING_ORGAN_ID}.pth ]]
+pretrain() {
+  if [[ $ENABLE_PRETRAINING != 1 && (-n $(compgen -G "$DATA_PATH/models/pretrained/fcn8s_from_*.pth") ||
+    -e $DATA_PATH/models/pretrained/fcn8s_FD${fold}_$organ.pth) ]]; then
+    echo "fold $fold, organ $organ: models/pretrained holds what to start from"
+    return
+  fi
+  STAGE="pretraining of fold $fold, organ $organ"
+  run OrganSegRSTN/pretrain.py "${ARGUMENTS[@]}" "$TRAINING_GPU" "$PRETRAINING_EPOCHS" --width "$PRETRAINING_WIDTH" \
+    --learning_rate "$PRETRAINING_LEARNING_RATE" --crop_margin "$TRAINING_MARGIN" ${SEEDED[@]+"${SEEDED[@]}"}
 }
-if [[ $ENABLE_PRETRAINING == 1 ]] || { [[ $LAZY_MODE == 1 ]] && ! found_pretrained; }; then
-  stage 1 pretraining
-  data_arguments "$TRAINING_ORGAN_ID"
-  run OrganSegRSTN/pretrain.py "${ARGUMENTS[@]}" "$TRAINING_GPU" "$PRETRAINING_EPOCHS" \
-    --width "$PRETRAINING_WIDTH" --learning_rate "$PRETRAINING_LEARNING_RATE" ${SEEDED[@]+"${SEEDED[@]}"}
+if stage "$ENABLE_PRETRAINING" pretraining; then
+  each "$TRAINING_ORGAN_ID" pretrain
 fi
 
-if stage "$ENABLE_TRAINING" training; then
-  data_arguments "$TRAINING_ORGAN_ID"
-  mkdir -p "$DATA_PATH/logs"
+train() {
+  local plane log stamp=
   for plane in $(planes "$TRAINING_PLANE"); do
-    STAGE="training of plane $plane"
-    stamp=; [[ ${#TRAINING_TIMESTAMP} != 15 ]] || stamp=_$TRAINING_TIMESTAMP
-    log="$DATA_PATH/logs/FD$CURRENT_FOLD:$plane${SLICE_THICKNESS}_$TRAINING_ORGAN_ID$stamp.txt"
-    [[ $DRY_RUN == 0 ]] || log=/dev/null
-    run OrganSegRSTN/training.py "${ARGUMENTS[@]}" "$plane" "$TRAINING_GPU" "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" \
-      "$TRAINING_TIMESTAMP" ${SEEDED[@]+"${SEEDED[@]}"} 2>&1 | tee "$log"
+    STAGE="training of fold $fold, organ $organ, plane $plane"
+    [[ ${#TRAINING_TIMESTAMP} != 15 ]] || stamp=_$TRAINING_TIMESTAMP
+    log="$DATA_PATH/logs/FD$fold:$plane${SLICE_THICKNESS}_$organ$stamp.txt"
+    if [[ $DRY_RUN == 1 ]]; then log=/dev/null; else mkdir -p "$DATA_PATH/logs"; fi
+    run OrganSegRSTN/training.py "${ARGUMENTS[@]}" "$plane" "$TRAINING_GPU" "${RATES[@]}" "${SAMPLING[@]}" \
+      "${EPOCHS[@]}" "$TRAINING_TIMESTAMP" --fine_iterations "$FINE_ITERATIONS" ${SEEDED[@]+"${SEEDED[@]}"} 2>&1 |
+      tee "$log"
   done
+}
+if stage "$ENABLE_TRAINING" training; then
+  each "$TRAINING_ORGAN_ID" train
 fi
 
-test_planes() {  # test_planes SWITCH KIND ORGAN PLANES GPU TIMESTAMP1 TIMESTAMP2
-  stage "$1" "$2 testing" || return 0
-  data_arguments "$3"
-  for plane in $(planes "$4"); do
-    STAGE="$2 testing of plane $plane"
-    run "OrganSegRSTN/$2_testing.py" "${ARGUMENTS[@]}" "$plane" "$5" "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" "$6" "$7"
+test_planes() {  # test_planes KIND PLANES GPU TIMESTAMP1 TIMESTAMP2
+  local plane
+  for plane in $(planes "$2"); do
+    STAGE="$1 testing of fold $fold, organ $organ, plane $plane"
+    run "OrganSegRSTN/$1_testing.py" "${ARGUMENTS[@]}" "$plane" "$3" "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" \
+      "$4" "$5"
   done
 }
 
-fuse() {  # fuse SWITCH KIND ORGAN THRESHOLD TIMESTAMP1_X TIMESTAMP1_Y TIMESTAMP1_Z
-  stage "$1" "$2 fusion" || return 0
-  data_arguments "$3"
-  run "OrganSegRSTN/$2_fusion.py" "${ARGUMENTS[@]}" "$CURRENT_GPU" "${RATES[@]}" "${EPOCHS[@]}" "$4" "$5" "$6" "$7"
+fuse() {  # fuse KIND THRESHOLD TIMESTAMP1_X TIMESTAMP1_Y TIMESTAMP1_Z
+  STAGE="$1 fusion of fold $fold, organ $organ"
+  run "OrganSegRSTN/$1_fusion.py" "${ARGUMENTS[@]}" "$CURRENT_GPU" "${RATES[@]}" "${EPOCHS[@]}" "${@:2}"
 }
 
-test_planes "$ENABLE_COARSE_TESTING" coarse "$COARSE_TESTING_ORGAN_ID" "$COARSE_TESTING_PLANE" \
-  "$COARSE_TESTING_GPU" "$COARSE_TIMESTAMP1" "$COARSE_TIMESTAMP2"
-fuse "$ENABLE_COARSE_FUSION" coarse "$COARSE_FUSION_ORGAN_ID" "$COARSE_FUSION_THRESHOLD" \
-  "$COARSE_TIMESTAMP1_X" "$COARSE_TIMESTAMP1_Y" "$COARSE_TIMESTAMP1_Z"
-test_planes "$ENABLE_ORACLE_TESTING" oracle "$ORACLE_TESTING_ORGAN_ID" "$ORACLE_TESTING_PLANE" \
-  "$ORACLE_TESTING_GPU" "$ORACLE_TIMESTAMP1" "$ORACLE_TIMESTAMP2"
-fuse "$ENABLE_ORACLE_FUSION" oracle "$ORACLE_FUSION_ORGAN_ID" "$ORACLE_FUSION_THRESHOLD" \
-  "$ORACLE_TIMESTAMP1_X" "$ORACLE_TIMESTAMP1_Y" "$ORACLE_TIMESTAMP1_Z"
+if stage "$ENABLE_COARSE_TESTING" 'coarse testing'; then
+  each "$COARSE_TESTING_ORGAN_ID" test_planes coarse "$COARSE_TESTING_PLANE" "$COARSE_TESTING_GPU" \
+    "$COARSE_TIMESTAMP1" "$COARSE_TIMESTAMP2"
+fi
+if stage "$ENABLE_COARSE_FUSION" 'coarse fusion'; then
+  each "$COARSE_FUSION_ORGAN_ID" fuse coarse "$COARSE_FUSION_THRESHOLD" \
+    "$COARSE_TIMESTAMP1_X" "$COARSE_TIMESTAMP1_Y" "$COARSE_TIMESTAMP1_Z"
+fi
+if stage "$ENABLE_ORACLE_TESTING" 'oracle testing'; then
+  each "$ORACLE_TESTING_ORGAN_ID" test_planes oracle "$ORACLE_TESTING_PLANE" "$ORACLE_TESTING_GPU" \
+    "$ORACLE_TIMESTAMP1" "$ORACLE_TIMESTAMP2"
+fi
+if stage "$ENABLE_ORACLE_FUSION" 'oracle fusion'; then
+  each "$ORACLE_FUSION_ORGAN_ID" fuse oracle "$ORACLE_FUSION_THRESHOLD" \
+    "$ORACLE_TIMESTAMP1_X" "$ORACLE_TIMESTAMP1_Y" "$ORACLE_TIMESTAMP1_Z"
+fi
 
-if stage "$ENABLE_COARSE2FINE_TESTING" 'coarse-to-fine testing'; then
-  data_arguments "$COARSE2FINE_TESTING_ORGAN_ID"
+coarse2fine() {
+  STAGE="coarse-to-fine testing of fold $fold, organ $organ"
   run OrganSegRSTN/coarse2fine_testing.py "${ARGUMENTS[@]}" "$COARSE2FINE_TESTING_GPU" "${RATES[@]}" "${EPOCHS[@]}" \
     "$COARSE_FUSION_THRESHOLD" "$FINE_FUSION_THRESHOLD" "$MAX_ROUNDS" \
-    "$COARSE2FINE_TIMESTAMP1_X" "$COARSE2FINE_TIMESTAMP1_Y" "$COARSE2FINE_TIMESTAMP1_Z"
+    "$COARSE2FINE_TIMESTAMP1_X" "$COARSE2FINE_TIMESTAMP1_Y" "$COARSE2FINE_TIMESTAMP1_Z" \
+    ${STOP_DSC:+--stop_DSC "$STOP_DSC"}
+}
+if stage "$ENABLE_COARSE2FINE_TESTING" 'coarse-to-fine testing'; then
+  each "$COARSE2FINE_TESTING_ORGAN_ID" coarse2fine
 fi
+
+[[ $STAGE != set-up ]] || echo 'Nothing is turned on: edit the flags at the top of run.sh, or LAZY_MODE=1 bash run.sh'

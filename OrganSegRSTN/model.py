@@ -96,13 +96,17 @@ def bilinear_upsampling(n_class, size):
 class RSTN(nn.Module):
     """Coarse FCN-8s, saliency transformation, fine FCN-8s (section 3.2, equations 2 to 4).
 
-    TEST None trains: forward(image, label, mode) -> (coarse probability, fine probability), mode 'S', 'I' or 'J'.
+    TEST None trains: forward(image, label, mode) -> (coarse probability, fine probability), mode 'S', 'I' or 'J';
+    in I and J with fine_iterations (the paper's T) above 1, as many fine ones, each made from the one before it.
     TEST 'C', 'O' or 'F' tests: forward -> one probability. All are (N, n_class, A, B); image is (N, 3, A, B).
     """
 
-    def __init__(self, crop_margin=20, crop_prob=0.5, crop_sample_batch=1, n_class=3, TEST=None, width=64):
+    def __init__(
+        self, crop_margin=20, crop_prob=0.5, crop_sample_batch=1, n_class=3, TEST=None, width=64, fine_iterations=1
+    ):
         super().__init__()
         self.margin, self.prob, self.sample_batch, self.TEST = crop_margin, crop_prob, crop_sample_batch, TEST
+        self.fine_iterations = fine_iterations
         self.coarse_model = FCN8s(n_class, width)
         self.saliency1 = nn.Conv2d(n_class, n_class, 3, padding=1)
         self.saliency2 = nn.Conv2d(n_class, n_class, 5, padding=2)
@@ -120,13 +124,14 @@ class RSTN(nn.Module):
             return coarse
         if self.TEST == 'O':
             return self.fine(image * self.saliency(coarse), label >= 0.5)
-        if mode == 'S':
-            return coarse, self.fine(image, label >= 0.5)
-        if mode == 'I':
-            return coarse, self.fine(image * self.saliency(coarse), label >= 0.5)
-        if mode == 'J':
-            return coarse, self.fine(image * self.saliency(coarse), _either(coarse >= 0.5, label >= 0.5))
-        raise ValueError(f'mode {mode!r} is not one of S, I, J')
+        if mode not in ('S', 'I', 'J'):
+            raise ValueError(f'mode {mode!r} is not one of S, I, J')
+        probabilities = [coarse]
+        for _ in range(1 if mode == 'S' else self.fine_iterations):
+            seen = image if mode == 'S' else image * self.saliency(probabilities[-1])
+            box = _either(probabilities[-1] >= 0.5, label >= 0.5) if mode == 'J' else label >= 0.5
+            probabilities.append(self.fine(seen, box))
+        return tuple(probabilities)
 
     def coarse(self, image):
         """Coarse probability of an image."""

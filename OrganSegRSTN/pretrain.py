@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.data import ConcatDataset, DataLoader
 
 import arguments
-from model import DSC_loss, FCN8s, bounding_box, crop, load_weights, pick_device
+from model import FCN8s, bounding_box, crop, load_weights, pick_device
 from training import Losses, load_slices, seed_everything
 from utils import PLANES, pretrained_folder, pretrained_name, read_cases, whole_file
 
@@ -75,22 +75,24 @@ def from_vgg16(weights, expected):
 
 
 def pretrain(args, device):
-    """Train an FCN-8s on the active slices of the fold's training cases, X, Y and Z mixed; -> its state dict.
+    """Train an FCN-8s on the slices of the fold's training cases, X, Y and Z mixed; -> its state dict.
 
-    It is to start the coarse and the fine network, so that it sees every other slice whole, the others cropped around
-    the organ.
+    It is to start the coarse and the fine network: a third of its samples are active slices cropped around the organ, a
+    third active slices as they are, a third any slices.
     """
     seed_everything(args.seed)
-    slices = ConcatDataset([load_slices(args, plane) for plane in PLANES])
-    loader = DataLoader(slices, batch_size=1, shuffle=True, num_workers=args.workers)
+    active = ConcatDataset([load_slices(args, plane) for plane in PLANES])
+    args.slice_threshold = 0  # all slices
+    whole = ConcatDataset([load_slices(args, plane) for plane in PLANES])
+    loader = DataLoader(active, batch_size=1, shuffle=True, num_workers=args.workers)
     print(f'{args.current_fold} {len(loader)}')
     model = FCN8s(args.slice_thickness, args.width).to(device).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs * len(loader))
     for epoch in range(args.epochs):
         losses = Losses()
-        for sample in loader:
-            image, label = random_crop(*sample, args.crop_margin) if random.random() < 0.5 else sample
+        for index, sample in enumerate(loader):
+            image, label = vary(sample, index % 3, whole, args.crop_margin)
             losses.add(pretrain_step(model, optimizer, image.to(device), label.to(device)))
             rates.step()
         print(f'{args.current_fold} Epoch[{epoch + 1}/{args.epochs}], Dice Loss {losses.mean[0]:.4f}, '
@@ -101,16 +103,28 @@ def pretrain(args, device):
     return state
 
 
-def random_crop(image, label, crop_margin):
-    """Image and label (1, C, A, B) cropped around the organ, each side with a margin from 0 to twice `crop_margin`."""
-    box = bounding_box(label[0] >= 0.5, [random.randint(0, 2 * crop_margin) for _ in range(4)])
-    return (crop(image, box), crop(label, box)) if box else (image, label)
+def vary(sample, kind, whole, crop_margin):
+    """(image, label), each (1, C, A, B): the active slice of kind 0; kind 1: cropped; kind 2: any slice instead.
+
+    A crop has, on each side, a margin from 0 to twice `crop_margin`.
+    """
+    image, label = sample
+    if kind == 1:
+        box = bounding_box(label[0] >= 0.5, [random.randint(0, 2 * crop_margin) for _ in range(4)])
+        return (crop(image, box), crop(label, box)) if box else sample
+    if kind == 2:
+        return [tensor[None] for tensor in whole[random.randrange(len(whole))]]
+    return sample
 
 
 def pretrain_step(model, optimizer, image, label):
-    """One Adam step on soft Dice plus cross-entropy (the latter gets a Kaiming start going); -> (Dice loss,)."""
+    """One Adam step on soft Dice plus cross-entropy (the latter gets a Kaiming start going); -> (Dice loss,).
+
+    The Dice loss is smoothed by 1 % of the pixels, so that slices without the organ teach as well.
+    """
     logits = model(image)
-    loss = DSC_loss()(torch.sigmoid(logits), label)
+    probability, smooth = torch.sigmoid(logits), 0.01 * label.numel()
+    loss = 1 - (2 * (probability * label).sum() + smooth) / (probability.sum() + label.sum() + smooth)
     optimizer.zero_grad()
     (loss + F.binary_cross_entropy_with_logits(logits, label)).backward()
     optimizer.step()

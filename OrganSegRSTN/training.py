@@ -26,6 +26,8 @@ def main():
     made.add_argument(
         '--pretrained', metavar='FILE', help='FCN-8s to start from (default: found in models/pretrained/)'
     )
+    made.add_argument('--fine_iterations', type=arguments.whole(1), default=1, metavar='T',
+                      help="fine steps a sample in I and J, the paper's T (default 1)")  # fmt: skip
     arguments.add_loading(made)
     args = arguments.parse(made)
     device = pick_device(args.GPU_ID)
@@ -68,7 +70,8 @@ def starting_model(args):
     if 'conv1_1.weight' not in weights:
         raise ValueError(f'{path}: not an FCN-8s: conv1_1.weight is missing')
     width = len(weights['conv1_1.weight'])
-    model = RSTN(args.crop_margin, args.crop_prob, args.crop_sample_batch, args.slice_thickness, width=width)
+    model = RSTN(args.crop_margin, args.crop_prob, args.crop_sample_batch, args.slice_thickness, None, width,
+                 args.fine_iterations)  # fmt: skip
     for network in (model.coarse_model, model.fine_model):
         missing, unknown = network.load_state_dict(weights, strict=False)
         if unknown or any('score' not in key for key in missing):
@@ -162,10 +165,14 @@ def train_epoch(name, mode, model, optimizer, loader, device):
 
 
 def train_step(model, optimizer, mode, image, label):
-    """One SGD step on 1/3 coarse + 2/3 fine loss (equation 4); -> (coarse, fine, avg) losses before it."""
+    """One SGD step on 1/3 coarse + 2/3 fine loss (equation 4); -> (coarse, fine, avg) losses before it.
+
+    With T fine iterations the weights are 1 / (2T + 1) and 2 / (2T + 1) each, and `fine` is their mean.
+    """
     criterion = DSC_loss()
-    coarse, fine = (criterion(probability, label) for probability in model(image, label, mode))
-    loss = coarse / 3 + fine * 2 / 3
+    coarse, *fines = (criterion(probability, label) for probability in model(image, label, mode))
+    fine = sum(fines) / len(fines)
+    loss = (coarse + 2 * len(fines) * fine) / (2 * len(fines) + 1)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
