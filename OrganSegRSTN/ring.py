@@ -13,17 +13,17 @@ a layer answers there is known beforehand. Under zero padding every layer of an 
     |   . . . . . .   |    activation = background (level and rim) + deviation
     +-----------------+
 
-Rim and reach meet only after pool4 (at 1/16 of the size, where the ring is 6 pixels wide): up to there the two parts are
-computed apart, one on a canvas of 5 to 16 pixels, one on the image. The deviation needs no surroundings, for they are 0:
+Rim and reach touch at pool4 and meet in conv5_1. Until then the two are computed apart, the background on a canvas of 5
+to 16 pixels, the deviation on its reach alone, outside of which it is 0, as zero padding has it:
 
     x = level + d    =>    conv(x, w) + b = conv(d, w) + v,  where v = conv(level, w) + b is read off the canvas
                            relu(conv(x, w) + b) = relu(v) + d',  d' = relu(conv(d, w) + v) - relu(v)
 
-and max pooling commutes with subtracting a constant. From pool4 on everything depends on everything, and fc6 is computed
-as the matrix product that it is, since a 7 x 7 convolution of few positions spends its time rearranging 100 M weights.
+and max pooling commutes with subtracting a constant. conv5_1 and after see the sum of the two. fc6 is computed as the
+matrix product that it is: as a convolution to a few pixels it spends its time on rearranging 100 M weights.
 
-All of it is plain differentiable PyTorch without any memory of earlier calls: it is the same function of the same
-parameters as the plain network (Long et al., CVPR 2015; Yu et al., CVPR 2018, section 3), in training and in testing.
+Everything is differentiable and nothing is remembered between calls: these are the plain network's logits and gradients
+(Long et al., CVPR 2015), at 0.4 of its operations for 96 x 96 pixels and 0.7 for 512 x 512.
 """
 
 import torch
@@ -31,10 +31,11 @@ import torch.nn.functional as F
 
 PADDING = 100  # of conv1_1; the other convolutions pad by 1
 CONVS = (2, 2, 3, 3, 3)  # convolutions of a block, each block ending in 2 x 2 pooling
+FEW = 64  # rows up to which a matrix product takes less time than casting its weights, as autocast would
 
 
 def features(net, x):
-    """What the score layers of an FCN8s see for images (N, 3, A, B): pool3, pool4 and fc7, as its plain layers give them."""
+    """What the score layers of the FCN8s `net` see for images (N, 3, A, B): pool3, pool4, fc7, as from net.features."""
     pool3, pool4 = early_blocks(net, x)
     x = pool4
     for conv in range(CONVS[4]):
@@ -50,12 +51,14 @@ def early_blocks(net, image):
     size = [n + 2 * PADDING - 2 for n in image.shape[2:]]  # of the plain network's activations
     start = PADDING - 1  # where the deviation begins in them, along both axes
     rim = -1  # conv1_1's own padding is 0 like its input: no rim
-    background, deviation = image.new_zeros(1, 3, 1, 1), image.contiguous(memory_format=torch.channels_last)
+    background, deviation = image.new_zeros(1, 3, 1, 1), image
     pools = []
     for block, convs in enumerate(CONVS[:4], 1):
         rim += convs
         background = stretch(background, [2 * (rim + 2) - n % 2 for n in size])
         deviation, start = align(deviation, start, convs)
+        layout = torch.channels_last if block < 4 else torch.contiguous_format  # the faster one of large maps, of small
+        deviation = deviation.contiguous(memory_format=layout)
         for conv in range(convs):
             background, deviation = convolve(_layer(net, block, conv), background, deviation)
         background = F.max_pool2d(background, 2, ceil_mode=True)
@@ -66,7 +69,7 @@ def early_blocks(net, image):
 
 
 def convolve(layer, background, deviation):
-    """A 3 x 3 convolution and its ReLU, on the background (same size) and on the deviation (one pixel wider all round)."""
+    """A 3 x 3 convolution and its ReLU: of the background, and of the deviation, which grows a pixel on each side."""
     background = F.conv2d(background, layer.weight, layer.bias, padding=1)
     level = background[0, :, background.shape[2] // 2, background.shape[3] // 2]
     deviation = F.conv2d(deviation, layer.weight, level, padding=2)
@@ -100,12 +103,16 @@ def assemble(background, deviation, start, size):
 
 
 def as_matrix_product(layer, x):
-    """An unpadded convolution (Conv2d) of few positions, as one product with its weights where they lie in memory."""
-    n, _, a, b = x.shape
-    out, _, *kernel = layer.weight.shape
+    """An unpadded convolution (Conv2d) of x (N, C, A, B), as one product with the weights where they lie in memory."""
+    weight, kernel = layer.weight.flatten(1), layer.kernel_size  # (outputs, inputs), (a, b)
     patches = F.unfold(x, kernel).mT.flatten(0, 1).contiguous()  # (positions, inputs)
-    y = F.linear(patches, layer.weight.flatten(1), layer.bias)  # (positions, outputs)
-    return y.view(n, a - kernel[0] + 1, b - kernel[1] + 1, out).permute(0, 3, 1, 2)
+    if len(patches) <= FEW:
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.linear(patches.to(weight.dtype), weight, layer.bias)
+    else:
+        y = F.linear(patches, weight, layer.bias)  # (positions, outputs)
+    a, b = (n - k + 1 for n, k in zip(x.shape[2:], kernel))
+    return y.unflatten(0, (-1, a, b)).permute(0, 3, 1, 2)
 
 
 def _layer(net, block, conv):

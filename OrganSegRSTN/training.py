@@ -104,7 +104,7 @@ def make_optimizer(model, learning_rate1, learning_rate_m1):
         for coarse in (True, False)
         for bias in (False, True)
     ]
-    return torch.optim.SGD(groups, lr=rate, momentum=0.99)
+    return torch.optim.SGD(groups, lr=rate, momentum=0.99, fused=True)
 
 
 def train_mode(args, mode, epochs, model, optimizer, loader, device):

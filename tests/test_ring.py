@@ -1,0 +1,221 @@
+"""ring.py against the plain network: the same logits and gradients at every size, for far fewer operations."""
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import ring
+from model import FCN8s
+
+
+class PlainFCN8s(FCN8s):
+    """The network as published: every layer computed everywhere."""
+
+    def forward(self, x):
+        pool3, pool4, fc7 = self.features(x)
+        return self.upsample(self.score_pool3(pool3), self.score_pool4(pool4), self.score_fr(fc7), x.shape[2:])
+
+
+class RingFCN8s(FCN8s):
+    """The same network, by way of ring.features."""
+
+    def forward(self, x):
+        pool3, pool4, fc7 = ring.features(self, x)
+        return self.upsample(self.score_pool3(pool3), self.score_pool4(pool4), self.score_fr(fc7), x.shape[2:])
+
+
+def twins(width=4, bias=0.3, dtype=torch.float64):
+    """(plain, by ring): two testing networks of the same random weights, whose biases are `bias` x normal noise."""
+    torch.manual_seed(7)
+    plain = PlainFCN8s(3, width).to(dtype).eval()
+    for name, parameter in plain.named_parameters():
+        if name.endswith('bias'):
+            nn.init.normal_(parameter, std=bias)
+        elif name.startswith('score'):
+            nn.init.kaiming_normal_(parameter)
+    fast = RingFCN8s(3, width).to(dtype).eval()
+    fast.load_state_dict(plain.state_dict())
+    return plain, fast
+
+
+def image(*shape, dtype=torch.float64):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def distance(a, b):
+    """The largest difference, relative to the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+# --- the same numbers ----------------------------------------------------------------------------------------------
+
+SIZES = [(n, n) for n in (*range(2, 41, 3), *range(95, 112))]  # every size modulo 16, which is what pooling sees
+SIZES += [(1, 1), (1, 2), (1, 40), (37, 1), (8, 31), (16, 17), (95, 128), (130, 61), (127, 96)]
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_features_are_those_of_the_plain_network(size):
+    plain, _ = twins()
+    with torch.no_grad():
+        for mine, wanted in zip(ring.features(plain, image(1, 3, *size)), plain.features(image(1, 3, *size))):
+            assert mine.shape == wanted.shape
+            assert distance(mine, wanted) < 1e-10
+
+
+@pytest.mark.parametrize('shape', [(1, 3, 33, 50), (4, 3, 20, 9), (2, 3, 96, 96)], ids=str)
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
+def test_logits_are_those_of_the_plain_network(shape, dtype, tolerance):
+    plain, fast = twins(width=8, dtype=dtype)
+    with torch.inference_mode():
+        x = image(*shape, dtype=dtype)
+        assert distance(fast(x), plain(x)) < tolerance
+
+
+def test_a_whole_slice():
+    plain, fast = twins(dtype=torch.float32)
+    with torch.no_grad():
+        x = image(1, 3, 512, 512, dtype=torch.float32)
+        assert distance(fast(x), plain(x)) < 1e-5
+
+
+@pytest.mark.parametrize('fill', [0, 1])
+def test_an_image_without_content(fill):
+    plain, fast = twins()
+    with torch.no_grad():
+        x = torch.full((1, 3, 30, 41), fill, dtype=torch.float64)
+        assert distance(fast(x), plain(x)) < 1e-10
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def gradients(net, x):
+    """{name: gradient} of every parameter and of the image, for a loss that weighs every logit differently."""
+    torch.manual_seed(3)  # of the dropout
+    x = x.clone().requires_grad_()
+    logits = net(x)
+    (logits * torch.linspace(-1, 1, logits.numel(), dtype=x.dtype).view_as(logits)).sum().backward()
+    return {name: p.grad for name, p in net.named_parameters() if p.requires_grad} | {'image': x.grad}
+
+
+@pytest.mark.parametrize('bias', [0.3, 0], ids=['random biases', 'biases 0, as in a new network'])
+@pytest.mark.parametrize('shape', [(1, 3, 1, 1), (1, 3, 45, 38), (2, 3, 32, 51)], ids=str)
+def test_gradients_are_those_of_the_plain_network(shape, bias):
+    plain, fast = (net.train() for net in twins(bias=bias))
+    wanted, mine = gradients(plain, image(*shape)), gradients(fast, image(*shape))
+    assert mine.keys() == wanted.keys()
+    for name in wanted:
+        assert distance(mine[name], wanted[name]) < 1e-10, name
+
+
+def test_steps_of_an_optimizer_end_at_the_same_weights():
+    nets = [net.train() for net in twins()]
+    for net in nets:
+        optimizer = torch.optim.SGD((p for p in net.parameters() if p.requires_grad), lr=1e-3, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            gradients(net, image(1, 3, 20, 20) - 0.5)
+            optimizer.step()
+    plain, fast = (net.state_dict() for net in nets)
+    for name in plain:
+        assert distance(fast[name], plain[name]) < 1e-9, name
+
+
+def scale_the_data(net):
+    for parameter in net.parameters():
+        parameter.data.mul_(1.1)
+
+
+def load_others(net):
+    net.load_state_dict({name: 0.9 * tensor for name, tensor in net.state_dict().items()})
+
+
+@pytest.mark.parametrize('change', [scale_the_data, load_others])
+def test_nothing_is_remembered_of_former_weights(change):
+    plain, fast = twins()
+    x = image(1, 3, 24, 24)
+    with torch.no_grad():
+        before = fast(x)
+        change(plain), change(fast)
+        assert distance(fast(x), plain(x)) < 1e-10 < distance(fast(x), before)
+
+
+# --- half the bits -------------------------------------------------------------------------------------------------
+
+
+def in_bf16_weights(net, x):
+    return net.to(torch.bfloat16)(x.to(torch.bfloat16))
+
+
+def under_autocast(net, x):
+    with torch.autocast('cpu', torch.bfloat16):
+        return net(x)
+
+
+@pytest.mark.parametrize('run', [in_bf16_weights, under_autocast])
+@pytest.mark.parametrize('shape', [(1, 3, 40, 40), (1, 3, 300, 40)], ids=str)  # fc6 of few positions, of many
+def test_bf16_is_as_near_to_float32_as_the_plain_networks(run, shape):
+    plain, fast = twins(width=16, dtype=torch.float32)
+    with torch.no_grad():
+        x = image(*shape, dtype=torch.float32)
+        exact = plain(x)
+        errors = [((run(net, x) - exact).square().mean() / exact.var()).sqrt() for net in (plain, fast)]
+        assert errors[1] < 1.5 * errors[0] < 0.1
+
+
+def test_autocast_trains():
+    _, fast = twins(width=8, dtype=torch.float32)
+    exact = copy.deepcopy(fast)
+    x = image(1, 3, 40, 40, dtype=torch.float32)
+    under_autocast(fast, x).float().square().sum().backward()
+    exact(x).square().sum().backward()
+    for (name, half), full in zip(fast.named_parameters(), exact.parameters()):
+        if half.requires_grad:
+            assert torch.cosine_similarity(half.grad.flatten(), full.grad.flatten(), dim=0) > 0.99, name
+
+
+# --- the pieces ----------------------------------------------------------------------------------------------------
+
+
+def test_stretch_repeats_the_middle_of_a_background():
+    rim = torch.tensor([[1, 2, 3, 2, 1],
+                        [2, 5, 6, 5, 2],
+                        [3, 6, 9, 6, 3],
+                        [2, 5, 6, 5, 2],
+                        [1, 2, 3, 2, 1]])  # fmt: skip
+    stretched = torch.tensor([[1, 2, 3, 3, 3, 2, 1],
+                              [2, 5, 6, 6, 6, 5, 2],
+                              [3, 6, 9, 9, 9, 6, 3],
+                              [3, 6, 9, 9, 9, 6, 3],
+                              [2, 5, 6, 6, 6, 5, 2],
+                              [1, 2, 3, 3, 3, 2, 1]])  # fmt: skip
+    assert ring.stretch(rim[None, None], (6, 7))[0, 0].tolist() == stretched.tolist()
+
+
+def test_align_pads_to_whole_windows_of_pooling():
+    """Windows begin at even places. 3 .. 6, two convolutions later 1 .. 8: one more on the left, one on the right."""
+    deviation, start = ring.align(torch.ones(1, 1, 4, 5), start=3, convs=2)
+    assert start == 2
+    assert deviation.shape == (1, 1, 1 + 4 + 1, 1 + 5 + 0)
+    assert deviation.sum() == 4 * 5
+
+
+@pytest.mark.parametrize('n, a, b', product([1, 2], [7, 9], [7, 12]))
+def test_a_convolution_as_matrix_product(n, a, b):
+    layer, x = nn.Conv2d(4, 5, 7).double(), image(n, 4, a, b)
+    with torch.no_grad():
+        assert distance(ring.as_matrix_product(layer, x), layer(x)) < 1e-12
+
+
+@pytest.mark.parametrize('size, share', [(1, 0.35), (96, 0.45), (200, 0.6)])
+def test_the_ring_is_not_computed(size, share):
+    operations = []
+    for net in twins(width=8, dtype=torch.float32):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(torch.zeros(1, 3, size, size))
+        operations.append(counter.get_total_flops())
+    assert operations[1] < share * operations[0]
