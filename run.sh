@@ -17,6 +17,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${ENABLE_ORACLE_TESTING:=0}"
 : "${ENABLE_ORACLE_FUSION:=0}"
 : "${ENABLE_COARSE2FINE_TESTING:=0}"
+: "${ENABLE_REPORT:=0}"                 # DATA_PATH/report/index.html: figures and pictures of all results
 
 #### On what ##########################################################################################################
 : "${DATA_PATH:=$HERE/data}"            # images/, labels/, and all that is made of them
@@ -35,15 +36,19 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # They serve the built-in phantom only: lazy mode makes it where DATA_PATH holds no images and no RAW_PATH is named.
 if [[ $LAZY_MODE == 1 && -z $RAW_PATH && (-e $DATA_PATH/phantom || -z $(compgen -G "$DATA_PATH/images/*.npy")) ]]; then
   DEMO=1
+  PHANTOM_CASES=16
+  : "${ORGAN_NUMBER:=8}"
   : "${PRETRAINING_WIDTH:=8}"           # the paper's network has 64: days on a CPU
-  : "${PRETRAINING_EPOCHS:=4}"
+  : "${PRETRAINING_EPOCHS:=8}"
   : "${PRETRAINING_LEARNING_RATE:=1e-3}"
-  : "${LEARNING_RATE1:=1e-4}"
+  : "${LEARNING_RATE1:=1e-4}"           # a narrow network learns faster
+  : "${LEARNING_RATE_M1:=3}"
   : "${TRAINING_EPOCH_S:=1}"
-  : "${TRAINING_EPOCH_I:=2}"
-  : "${TRAINING_EPOCH_J:=2}"
-  : "${TRAINING_MARGIN:=10}"
-  : "${MAX_ROUNDS:=4}"
+  : "${TRAINING_EPOCH_I:=1}"
+  : "${TRAINING_EPOCH_J:=3}"
+  : "${LR_DECAY_EPOCH_J_STEP:=1}"
+  : "${TRAINING_MARGIN:=10}"            # of voxels of 3.3 mm
+  : "${MAX_ROUNDS:=3}"
   : "${SEED:=0}"
 else
   DEMO=0
@@ -119,6 +124,8 @@ fi
 : "${COARSE2FINE_TIMESTAMP1_Y:=$TRAINING_TIMESTAMP}"
 : "${COARSE2FINE_TIMESTAMP1_Z:=$TRAINING_TIMESTAMP}"
 
+: "${REPORT_REFERENCE:=}"               # a JSON file of figures to show beside ours (README.md)
+
 ########################################################################################################################
 #### Nothing to edit below ############################################################################################
 ########################################################################################################################
@@ -177,7 +184,7 @@ if [[ $DEMO == 1 ]]; then
   STAGE='making the phantom'
   echo "#### $STAGE (no images in $DATA_PATH, no RAW_PATH): DEMO SETTINGS apply"
   RAW_PATH=$DATA_PATH/phantom
-  run DATA2NPY/make_phantom.py "$RAW_PATH"
+  run DATA2NPY/make_phantom.py "$RAW_PATH" --cases "$PHANTOM_CASES"
 fi
 
 #### Conversion
@@ -271,6 +278,10 @@ coarse2fine() {
 }
 if stage "$ENABLE_COARSE2FINE_TESTING" 'coarse-to-fine testing'; then
   each "$COARSE2FINE_TESTING_ORGAN_ID" coarse2fine
+fi
+if stage "$ENABLE_REPORT" report; then
+  run OrganSegRSTN/report.py "$DATA_PATH" --low_range "$LOW_RANGE" --high_range "$HIGH_RANGE" \
+    ${REPORT_REFERENCE:+--reference "$REPORT_REFERENCE"}
 fi
 
 [[ $STAGE != set-up ]] || echo 'Nothing is turned on: edit the flags at the top of run.sh, or LAZY_MODE=1 bash run.sh'

@@ -1,0 +1,80 @@
+"""How well a predicted mask lies on its label, beyond Dice, and the spread of a measure over cases."""
+
+import math
+import statistics
+from typing import NamedTuple
+
+import numpy as np
+import surface_distance
+from scipy import ndimage
+
+TOLERANCE = 1.0  # of the normalized surface Dice, in the unit of the spacing
+
+
+class Surfaces(NamedTuple):
+    """Distances between two surfaces in the unit of the spacing (mm, or voxels), and a share of surface in [0, 1]."""
+
+    hd95: float  # 95th percentile of the distances, the larger of the two directions
+    asd: float  # mean distance, the mean of the two directions
+    nsd: float  # share of the two surfaces that lies within TOLERANCE of the other one
+
+
+def compare_surfaces(label, pred, spacing):
+    """Surfaces of two masks (W, H, L) of one shape, bool; spacing: voxel to voxel along each axis.
+
+    One of them empty: the distances are infinite, no surface lies near the other (0). Both empty: all nan, undefined.
+    """
+    if label.shape != pred.shape:
+        raise ValueError(f'label of shape {label.shape} and prediction of shape {pred.shape} cannot be compared')
+    if not (np.isfinite(spacing).all() and np.min(spacing) > 0):
+        raise ValueError(f'spacing {list(spacing)} is not three positive numbers')
+    if not (label.any() and pred.any()):
+        empty = not (label.any() or pred.any())
+        return Surfaces(math.nan, math.nan, math.nan) if empty else Surfaces(math.inf, math.inf, 0.0)
+    found = surface_distance.compute_surface_distances(label, pred, spacing)
+    return Surfaces(
+        float(surface_distance.compute_robust_hausdorff(found, 95)),
+        float(np.mean(surface_distance.compute_average_surface_distance(found))),
+        float(surface_distance.compute_surface_dice_at_tolerance(found, TOLERANCE)),
+    )
+
+
+class Spread(NamedTuple):
+    """A measure over `cases` cases: figures of the `counted` ones, and how many of the others are why not counted."""
+
+    cases: int
+    counted: int
+    mean: float
+    std: float  # population standard deviation, as in results.txt
+    min: float
+    max: float
+    infinite: int  # nothing was predicted, or predicted where there is no organ
+    undefined: int  # nan: neither label nor prediction
+    unmeasured: int  # None: a volume was missing or broken
+
+
+def spread(values):
+    """The Spread of values, of which some may be inf, nan or None."""
+    numbers = [value for value in values if value is not None]
+    finite = [value for value in numbers if math.isfinite(value)]
+    figures = (
+        (statistics.fmean(finite), statistics.pstdev(finite), min(finite), max(finite)) if finite else [math.nan] * 4
+    )
+    infinite, undefined = sum(map(math.isinf, numbers)), sum(map(math.isnan, numbers))
+    return Spread(len(values), len(finite), *figures, infinite, undefined, len(values) - len(numbers))
+
+
+def joint_box(masks, shape, margin, least):
+    """Slices of the box around all masks (W, H, L), with a margin (voxels) and at least `least` voxels along each axis.
+
+    Where the masks are empty it lies around the middle.
+    """
+    marked = np.logical_or.reduce([*masks, np.zeros(shape, bool)])
+    box = next(iter(ndimage.find_objects(marked.astype(np.uint8))), [slice(n // 2, n // 2 + 1) for n in shape])
+    sides = []
+    for side, size in zip(box, shape):
+        first, last = side.start - margin, side.stop - 1 + margin
+        extra = max(0, least - (last + 1 - first))
+        first, last = first - extra // 2, last + extra - extra // 2
+        sides.append(slice(max(first, 0), min(last + 1, size)))
+    return tuple(sides)

@@ -1,0 +1,242 @@
+"""The report's pictures: charts (SVG), and a case's slices (JPEG) with contours of its masks (SVG paths)."""
+
+import math
+from typing import NamedTuple
+
+import contourpy
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from measures import joint_box
+from report_data import CONVERGED
+from slices import plane_view
+from utils import PLANES, to_unit
+
+COLOURS = {'label': '#56b4e9', 'prediction': '#e69f00', 'coarse': '#cc79a7'}  # told apart by the colour-blind, too
+INK, FAINT = '#1f2933', '#9aa5b1'
+STYLE = {
+    'svg.hashsalt': 'report',  # the same picture is the same file
+    'font.size': 9,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.edgecolor': FAINT,
+    'axes.labelcolor': INK,
+    'text.color': INK,
+    'xtick.color': INK,
+    'ytick.color': INK,
+}
+
+# --- charts --------------------------------------------------------------------------------------------------------
+
+
+def write_chart(path, draw, size, *args):
+    """Draw a chart of `size` (inches) by draw(axes, *args) and write it as SVG."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(size, layout='constrained')
+        draw(figure.add_subplot(), *args)
+        figure.savefig(path, format='svg', metadata={'Date': None})
+
+
+def draw_losses(axes, log):
+    """Loss by epoch, the modes one after the other, each with the loss at which it counts as converged."""
+    start = 0
+    for mode in CONVERGED:
+        epochs = sorted({epoch for m, epoch in [*log.steps, *log.epochs] if m == mode})
+        if not epochs:
+            continue
+        place = {epoch: start + i for i, epoch in enumerate(epochs)}
+        for epoch in epochs:
+            steps = np.array(thinned(log.steps.get((mode, epoch), []), 60))
+            axes.plot(place[epoch] + (np.arange(len(steps)) + 0.5) / max(len(steps), 1), steps, color=FAINT, lw=0.6)
+        means = {place[epoch] + 1: log.epochs[mode, epoch] for epoch in epochs if (mode, epoch) in log.epochs}
+        for part, style in enumerate(('C0:', 'C1--', 'k-')):
+            axes.plot(list(means), [loss[part] for loss in means.values()], style, lw=1.4, marker='.', ms=4)
+        end = start + len(epochs)
+        axes.hlines(CONVERGED[mode], start, end, color='#2e7d32', lw=1.4)
+        axes.text(start + 0.05, CONVERGED[mode], f'{CONVERGED[mode]:g}', color='#2e7d32', va='bottom', size=7)
+        axes.text((start + end) / 2, 1.03, mode, ha='center', weight='bold', transform=axes.get_xaxis_transform())
+        axes.axvline(end, color=FAINT, lw=0.5)
+        start = end
+    names = {'each step': (FAINT, '-'), 'coarse': ('C0', ':'), 'fine': ('C1', '--'), 'Avg': ('k', '-')}
+    for name, (colour, style) in (names | {'asked for': ('#2e7d32', '-')}).items():
+        axes.plot([], [], color=colour, ls=style, label=name)
+    axes.legend(frameon=False, fontsize=7, ncols=2, loc='upper right')
+    axes.set(xlabel='epoch', ylabel='loss (1 − Dice)', xlim=(0, max(start, 1)), ylim=(0, 1.05))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def thinned(values, most):
+    """Means of at most `most` groups of neighbouring values."""
+    groups = np.array_split(values, most) if len(values) > most else [[value] for value in values]
+    return [float(np.mean(group)) for group in groups]
+
+
+def draw_rounds(axes, cases):
+    """DSC by round of [[DSC of round 0, 1, ...] of a case], and its mean; a case that has stopped keeps its last."""
+    rounds = max(map(len, cases))
+    filled = np.array([case + [case[-1]] * (rounds - len(case)) for case in cases]) * 100
+    axes.plot(filled.T, color=FAINT, lw=0.8)
+    axes.plot([], [], color=FAINT, lw=0.8, label='a case')
+    axes.plot(np.nanmean(filled, axis=0), color=INK, lw=2.2, marker='o', ms=4, label='mean')
+    axes.legend(frameon=False, loc='lower right')
+    axes.set(xlabel='round', ylabel='DSC (%)', ylim=(-2, 102))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def draw_gain(axes, cases):
+    """Coarse against coarse-to-fine of [(name, coarse DSC, final DSC)], the lowest final one first."""
+    cases = sorted(cases, key=lambda case: (case[2], case[0]))
+    names, coarse, final = zip(*cases)
+    coarse, final, places = np.array(coarse) * 100, np.array(final) * 100, np.arange(len(cases))
+    axes.vlines(places, coarse, final, color=FAINT, lw=1.2, zorder=1)
+    axes.scatter(places, coarse, s=22, color='w', edgecolor=COLOURS['coarse'], lw=1.4, label='coarse (round 0)')
+    axes.scatter(places, final, s=24, color=COLOURS['prediction'], label='coarse to fine')
+    axes.legend(frameon=False, ncols=2, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
+    axes.set(ylabel='DSC (%)', ylim=(-2, 102), xlim=(-0.7, len(cases) - 0.3))
+    short = [name if len(name) <= 16 else f'{name[:15]}…' for name in names]
+    many = len(names) > 8
+    size = min(8, 540 / len(names))
+    axes.set_xticks(
+        places, short if size > 3 else [''] * len(short), rotation=90 if many else 0, fontsize=size, parse_math=False
+    )
+
+
+# --- slices --------------------------------------------------------------------------------------------------------
+
+MARGIN, LEAST = 12, 64  # voxels: around the organ's and the prediction's box; at least shown along each axis
+MOST_PIXELS = 256  # a side of a slice; a wider one is thinned
+COLUMNS = 8  # of slices in a sheet
+AS_PUBLISHED = [(1, -1), (0, -1), (2, -1)]  # rows to the back, columns to the left, slices downwards
+
+
+class PlanePicture(NamedTuple):
+    """A case's slices along a plane: a sheet of them, and contours {mask's name: [SVG path of a slice]} in half pixels."""
+
+    plane: str
+    view: str  # axial, coronal, sagittal; '' where it is not known
+    sheet: str
+    poster: str  # file of the slice to open on
+    open: int  # its place among the slices
+    numbers: list  # of the slices, as in images_X/CASE/0000.npy
+    slices: int  # in the whole volume
+    remarks: list  # where up and left are, and what is left out
+    size: tuple  # width, height in pixels
+    shown: tuple  # width, height in mm or voxels
+    contours: dict
+
+
+def write_planes(folder, stem, image, masks, geometry, window, most_slices):
+    """Write a case's slices around label and prediction along X, Y and Z to folder/{stem}_X.jpg ...; -> [PlanePicture].
+
+    image: (W, H, L) HU, seen in `window`; masks: {label, prediction, coarse: bool (W, H, L)}, some of them;
+    geometry: its Geometry, or None: then it is shown in voxels, turned as the published arrays lie.
+    """
+    box = joint_box([mask for name, mask in masks.items() if name != 'coarse'], image.shape, MARGIN, LEAST)
+    volumes = {'image': to_unit(image[box], *window)} | {name: mask[box] for name, mask in masks.items()}
+    return [write_plane(folder, stem, plane, volumes, box, image.shape, geometry, most_slices) for plane in PLANES]
+
+
+def write_plane(folder, stem, plane, volumes, box, shape, geometry, most_slices):
+    """Write the slices along a plane of the volumes within `box` of a scan of `shape`; -> PlanePicture."""
+    axis = PLANES.index(plane)
+    found = anatomy(geometry)
+    spacing = np.ones(3) if geometry is None else geometry.spacing
+    rows, columns = sorted({0, 1, 2} - {axis}, key=lambda a: -(found or AS_PUBLISHED)[a][0])
+    seen = {name: upright(volume, plane, rows, columns, found) for name, volume in volumes.items()}
+    place, opening = chosen_slices(seen, most_slices)
+    stride = math.ceil(max(seen['image'].shape[1:]) / MOST_PIXELS)
+    seen = {name: view[place][:, ::stride, ::stride] for name, view in seen.items()}
+    image = seen.pop('image')
+    write_sheet(folder / f'{stem}_{plane}.jpg', image)
+    write_sheet(folder / f'{stem}_{plane}_0.jpg', image[opening : opening + 1])
+    height, width = image.shape[1:]
+    return PlanePicture(
+        plane=plane,
+        view=('sagittal', 'coronal', 'axial')[found[axis][0]] if found else '',
+        sheet=f'{folder.name}/{stem}_{plane}.jpg',
+        poster=f'{folder.name}/{stem}_{plane}_0.jpg',
+        open=opening,
+        numbers=[int(j) + box[axis].start for j in place],
+        slices=shape[axis],
+        remarks=remarks(found and (found[rows][0], found[columns][0]), box, shape, len(place), axis, stride),
+        size=(width, height),
+        shown=(float(width * stride * spacing[columns]), float(height * stride * spacing[rows])),
+        contours={name: [contour_path(mask) for mask in view] for name, view in seen.items()},
+    )
+
+
+def anatomy(geometry):
+    """[(0 R, 1 A or 2 S, whether an axis leads there (1) or away (-1))] of the three axes; None where not known."""
+    if geometry is None or geometry.holds != 'position':
+        return None
+    cosines = geometry.affine[:3, :3] / geometry.spacing
+    world = np.abs(cosines).argmax(axis=0)
+    if sorted(world) != [0, 1, 2]:
+        return None
+    return [(int(w), int(np.sign(cosines[w, a]))) for a, w in enumerate(world)]
+
+
+def remarks(world, box, shape, count, axis, stride):
+    """What to tell of a picture: where up and left are (`world`: the axes of its rows and columns), what is left out."""
+    texts = []
+    if world:
+        texts.append(f'{"RAS"[world[0]]} up, {"RAS"[world[1]]} on the left')
+    if any(side.stop - side.start < size for side, size in zip(box, shape)):
+        texts.append(f'cropped around the organ, slices {box[axis].start} to {box[axis].stop - 1}')
+    if count < box[axis].stop - box[axis].start:
+        texts.append(f'{count} of these slices are kept')
+    if stride > 1:
+        texts.append(f'1 pixel in {stride}')
+    return texts
+
+
+def upright(volume, plane, rows, columns, found):
+    """The slices (N, rows, columns) as a radiologist sees them: head or front up, the patient's right on the left."""
+    view = plane_view(volume, plane)
+    view = view if rows < columns else view.swapaxes(1, 2)
+    flips = [slice(None, None, -1 if found and found[axis][1] > 0 else 1) for axis in (rows, columns)]
+    return view[:, flips[0], flips[1]]
+
+
+def chosen_slices(seen, most):
+    """Places of at most `most` slices at equal steps, and which of them to open on: (places, place of the opening one).
+
+    It is the one where label and prediction differ most; without one of the two, where the other is largest.
+    """
+    masks = [seen[name] for name in ('label', 'prediction') if name in seen]
+    slices = len(seen['image'])
+    counts = np.logical_xor.reduce(masks).sum(axis=(1, 2)) if masks else np.zeros(slices)
+    worst = int(counts.argmax()) if counts.any() else slices // 2
+    step = math.ceil(slices / most)
+    return np.arange(worst % step, slices, step), worst // step
+
+
+def write_sheet(path, slices):
+    """Write slices (N, A, B) in [0, 1] side by side, COLUMNS in a row, as one grey JPEG."""
+    count, height, width = slices.shape
+    columns = min(COLUMNS, count)
+    sheet = np.zeros((math.ceil(count / columns) * height, columns * width), np.uint8)
+    for j, picture in enumerate(slices):
+        row, column = divmod(j, columns)
+        sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = np.round(picture * 255)
+    Image.fromarray(sheet).save(path, quality=82, optimize=True)
+
+
+def contour_path(mask):
+    """The outlines of a mask (A, B) as an SVG path in half pixels."""
+    if not mask.any():
+        return ''
+    lines = contourpy.contour_generator(z=np.pad(mask, 1).astype(float)).lines(0.5)
+    return ''.join(closed_path(np.round(2 * line - 1).astype(int)) for line in lines)
+
+
+def closed_path(points):
+    """A closed line through points (N, 2), whole numbers, the last one the first; straight runs become one step."""
+    steps = np.diff(points, axis=0)
+    turns = np.flatnonzero((steps[1:] != steps[:-1]).any(axis=1)) + 1
+    kept = points[np.r_[0, turns]]
+    moves = ' '.join(f'{x} {y}' for x, y in np.diff(kept, axis=0))
+    return f'M{kept[0][0]} {kept[0][1]}l{moves}z' if moves else ''

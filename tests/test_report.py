@@ -1,0 +1,632 @@
+"""report.py: what it measures, what it says of results that are half there, and its page in a real browser."""
+
+import json
+import math
+import os
+import re
+import shutil
+
+import golden_case
+import numpy as np
+import pytest
+import surface_distance
+from conftest import write_case
+
+import coarse2fine_testing
+import report_data
+import training
+from geometry import Geometry, geometry_file, save_geometry
+from measures import Surfaces, compare_surfaces, joint_box, spread
+from report import checked_figures, number, percent, read_reference
+from report_data import parse_log
+from report_pictures import anatomy, chosen_slices, contour_path, remarks, thinned, upright
+from report_runs import title
+from utils import save_volume
+
+pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning:surface_distance')  # of scipy's old names
+
+RESULTS = 'results/coarse2fine_testing_1e-5x10,20'
+ROUNDS = 'FD0:XJ3_1_20261123_000000,YJ3_1_20261123_000000,ZJ3_1_20261123_000000:e2682_0.5_0.5,3'
+COARSE = 'results/coarse_testing_1e-5x10,20'
+LOG = """0Z 2
+0ZS load pre-trained FCN8s model successfully!
+0ZS Epoch[1/1], Iter[00000], Coarse/Fine/Avg Loss 0.9000/0.6000/0.7000, Time Elapsed 1.00s
+0ZS Epoch[1/1], Iter[00001], Coarse/Fine/Avg Loss 0.6000/0.3000/0.4000, Time Elapsed 2.00s
+0ZS Epoch[1], Total Coarse/Fine/Avg Loss 0.7500/0.4500/0.5500, Time elapsed 2.00s
+0ZS mean Avg loss of the last epoch 0.5500, asked for at most 0.3: NOT reached, see "convergence" in README.md
+0ZJ Epoch[1/2], Iter[00000], Coarse/Fine/Avg Loss 0.3000/0.1500/0.2000, Time Elapsed 1.00s
+"""
+
+
+def affine_of(spacing):
+    """An affine as DICOM conversion gives it: rows to the back, columns to the left, slices downwards (LPS away)."""
+    affine = np.zeros((4, 4))
+    affine[1, 0], affine[0, 1], affine[2, 2], affine[3, 3] = -spacing[0], -spacing[1], -spacing[2], 1
+    affine[:3, 3] = 100
+    return affine
+
+
+@pytest.fixture(scope='session')
+def golden_data(tmp_path_factory):
+    """The golden data folder with its results, a geometry of case 1 and a log; shared, so read only."""
+    data = tmp_path_factory.mktemp('report') / 'data'
+    golden_case.write_volumes(data)
+    for part in ('results', 'lists'):
+        shutil.copytree(golden_case.GOLDEN / part, data / part)
+    save_geometry(geometry_file(data, '0001'), Geometry(affine_of((0.8, 0.9, 2.5)), 'position', 'made up', 'DICOM'))
+    (data / 'logs').mkdir()
+    (data / 'logs' / 'FD0:Z3_1_20261123_000000.txt').write_text(LOG)
+    return data
+
+
+@pytest.fixture
+def golden(golden_data, tmp_path):
+    """A copy of it of the test's own."""
+    return shutil.copytree(golden_data, tmp_path / 'my <b>data & "more"')
+
+
+@pytest.fixture
+def report(call):
+    """report(data, *options) runs report.py and gives its (output, summary, page)."""
+
+    def report(data, *options):
+        done = call('report.py', data, *options)
+        assert done.code == 0, done.err
+        assert f'written: {data / "report" / "index.html"}' in done.out
+        summary = json.loads((data / 'report' / 'summary.json').read_text())
+        return done.out, summary, (data / 'report' / 'index.html').read_text()
+
+    return report
+
+
+def masks(*boxes, shape=(12, 12, 12)):
+    """Masks with one box each."""
+    made = []
+    for box in boxes:
+        mask = np.zeros(shape, bool)
+        mask[box] = True
+        made.append(mask)
+    return made
+
+
+# --- measures ------------------------------------------------------------------------------------------------------
+
+
+def test_equal_masks_have_no_distance():
+    (block,) = masks(np.s_[2:5, 2:5, 2:5])
+    assert compare_surfaces(block, block, (0.7, 0.7, 2.5)) == Surfaces(0, 0, 1)
+
+
+@pytest.mark.parametrize(('axis', 'distance'), [(0, 0.5), (1, 2), (2, 3)])
+def test_distances_are_in_mm_along_every_axis(axis, distance):
+    """Two long rods, one voxel apart along an axis: nearly all of their surface lies the spacing of that axis apart."""
+    other = [slice(5, 6)] * 3
+    one = [slice(5, 6)] * 3
+    along = (axis + 1) % 3
+    one[along] = other[along] = slice(0, 300)
+    other[axis] = slice(6, 7)
+    shape = [12, 12, 12]
+    shape[along] = 300
+    label, pred = masks(tuple(one), tuple(other), shape=shape)
+    found = compare_surfaces(label, pred, (0.5, 2, 3))
+    assert found.hd95 == distance
+    assert 0 < found.asd < distance
+    assert (found.nsd == 1) == (distance <= 1)
+
+
+@pytest.mark.parametrize('spacing', [(1, 1, 1), (0.7, 0.9, 2.5), (3, 0.5, 0.5)])
+def test_measures_agree_with_the_library(spacing):
+    label, pred = masks(np.s_[1:6, 2:9, 3:7], np.s_[2:8, 2:8, 4:10])
+    distances = surface_distance.compute_surface_distances(label, pred, spacing)
+    there, back = surface_distance.compute_average_surface_distance(distances)
+    assert compare_surfaces(label, pred, spacing) == Surfaces(
+        surface_distance.compute_robust_hausdorff(distances, 95),
+        (there + back) / 2,
+        surface_distance.compute_surface_dice_at_tolerance(distances, 1),
+    )
+
+
+def test_an_empty_mask_is_infinitely_far():
+    block, empty = masks(np.s_[2:5, 2:5, 2:5], np.s_[0:0, 0:0, 0:0])
+    assert compare_surfaces(block, empty, (1, 1, 1)) == Surfaces(math.inf, math.inf, 0)
+    assert compare_surfaces(empty, block, (1, 1, 1)) == Surfaces(math.inf, math.inf, 0)
+    assert all(map(math.isnan, compare_surfaces(empty, empty, (1, 1, 1))))
+
+
+@pytest.mark.parametrize(('shape', 'spacing'), [((12, 12, 11), (1, 1, 1)), ((12, 12, 12), (1, 0, 1))])
+def test_what_cannot_be_measured_is_refused(shape, spacing):
+    with pytest.raises(ValueError, match='shape|spacing'):
+        compare_surfaces(*masks(np.s_[2:5, 2:5, 2:5]), np.ones(shape, bool), spacing)
+
+
+def test_nothing_vanishes_from_a_mean():
+    found = spread([2.0, 4.0, math.inf, math.nan, None])
+    assert found[:6] == (5, 2, 3.0, 1.0, 2.0, 4.0)
+    assert (found.infinite, found.undefined, found.unmeasured) == (1, 1, 1)
+    assert math.isnan(spread([None]).mean)
+
+
+def test_joint_box():
+    one, other, empty = masks(np.s_[2:3, 5:6, 5:6], np.s_[4:5, 6:8, 5:6], np.s_[0:0, 0:0, 0:0])
+    assert joint_box([one, other], (12, 12, 12), 1, 0) == np.s_[1:6, 4:9, 4:7]
+    assert joint_box([one, other], (12, 12, 12), 3, 0) == np.s_[0:8, 2:11, 2:9]
+    assert joint_box([one], (12, 12, 12), 0, 4) == np.s_[1:5, 4:8, 4:8]
+    assert joint_box([empty], (12, 12, 12), 0, 4) == np.s_[5:9, 5:9, 5:9]
+    assert joint_box([], (12, 2, 12), 0, 4) == np.s_[5:9, 0:2, 5:9]
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_are_those_of_results_txt(golden, report):
+    _, summary, _ = report(golden)
+    results = summary['runs'][0]['results']
+    seen = set()
+    for path in sorted(golden.glob('results/*/*/results.txt')):
+        kind = path.parent.parent.name.split('_')[0]
+        for line in path.read_text().splitlines():
+            found = re.match(
+                r'(?:Average DSC_(?P<fusion>\w+)|Round (?P<round>\d+), Average DSC|DSC threshold = (?P<stop>[\d.]+), '
+                r'Average DSC|Snapshot e2682: average DSC) = (?P<mean>[\d.]+)(?: std = (?P<std>[\d.]+))? \.',
+                line,
+            )
+            if not found:
+                continue
+            plane = path.parent.name[4]
+            key = f'{kind}_' + (
+                f'fusion_{found["fusion"]}' if found['fusion'] else f'R{found["round"]}' if found['round']
+                else found['stop'] or plane
+            )  # fmt: skip
+            key = key.replace('coarse2fine_0.99', 'coarse2fine')
+            assert results[key]['all']['mean'] == float(found['mean']), key
+            if found['std']:
+                assert results[key]['all']['std'] == float(found['std'])
+            seen.add(key)
+    assert seen == results.keys() - {'HD95', 'ASD', 'NSD'}
+    assert len(seen) == 2 * (3 + 9) + 4 + 4
+
+
+def test_a_case_has_its_rounds_distances_and_volume(golden, report):
+    out, summary, page = report(golden)
+    first, second = summary['runs'][0]['cases']
+    assert [case['case'] for case in (first, second)] == ['0001', '0002']
+    assert first['rounds'][0] == 2 * 1116 / (7319 + 1116)
+    assert (first['stopped_at_round'], first['DSC']) == (2, 2 * 1114 / (3397 + 1116))
+    assert first['ml']['label'] == pytest.approx(1116 * 0.8 * 0.9 * 2.5 / 1000)
+
+    label = np.load(golden / 'labels' / '0001.npy') == 1
+    pred = np.load(golden / RESULTS / ROUNDS / 'volumes' / 'R2_1.npz')['volume'] != 0
+    expected = compare_surfaces(label, pred, (0.8, 0.9, 2.5))
+    assert [first[key] for key in ('HD95', 'ASD', 'NSD')] == pytest.approx(list(expected))
+    assert (first['unit'], second['unit'], second['ml']['label']) == ('mm', 'voxels', None)
+    assert 'no geometry of 1 of 2 cases, measured in voxels: 0002' in out
+    for text in ('52.37 ± 3.01', f'{expected.hd95:.2f}', '2.01 ml', '1020 voxels'):
+        assert text in page
+
+
+def second_fold(data, empty=False):
+    """Results of the golden fold 0 once more for fold 1 (cases 0003 and 0004), predicting the labels, or nothing."""
+    folder = data / RESULTS / ROUNDS.replace('FD0', 'FD1')
+    for place, case in enumerate(('0003', '0004'), 1):
+        label = np.load(data / 'labels' / f'{case}.npy')
+        for r in range(4):
+            save_volume(folder / 'volumes' / f'R{r}_{place}.npz', label * (not (empty and place == 2)))
+    return folder
+
+
+def test_folds_add_up(golden, report):
+    second_fold(golden)
+    _, summary, page = report(golden)
+    folds, everything = (summary['runs'][0]['results']['coarse2fine'][key] for key in ('folds', 'all'))
+    assert folds['0']['mean'] == 0.5237438635803298
+    assert folds['1']['mean'] == 1
+    assert everything['mean'] == pytest.approx((0.5237438635803298 + 1) / 2)
+    assert (everything['cases'], everything['max']) == (4, 1)
+    assert 'Folds 0, 1' in page
+
+
+def test_a_missed_organ_counts_and_is_named(golden, report):
+    second_fold(golden, empty=True)
+    out, summary, page = report(golden)
+    results = summary['runs'][0]['results']
+    assert results['coarse2fine']['all']['min'] == 0
+    assert results['coarse2fine']['missed'] == ['0004']
+    case = summary['runs'][0]['cases'][-1]
+    assert case['missed'] and case['surfaces'] == 'nothing predicted'
+    assert (case['HD95'], case['NSD']) == (None, 0)  # JSON has no infinity
+    assert '0004: DSC 0.00 %, nothing predicted, MISSED' in out
+    assert 'missed in 1: 0004' in page
+    assert 'mean of 2 of 3: 1 infinite' in page
+
+
+def test_an_undefined_dsc_is_counted_apart(golden, report):
+    np.save(golden / 'labels' / '0004.npy', np.load(golden / 'labels' / '0004.npy') * 0)
+    second_fold(golden)
+    _, summary, page = report(golden)
+    assert summary['runs'][0]['results']['coarse2fine']['all']['undefined'] == 1
+    assert summary['runs'][0]['cases'][-1]['DSC'] is None
+    assert 'mean of 3 of 4: 1 undefined' in page
+
+
+def test_a_case_that_stopped_early_keeps_its_last_dsc(golden, report):
+    """As coarse2fine_testing.py --stop_DSC 0.99 leaves it: fewer rounds, and run.json says why."""
+    folder = golden / RESULTS / ROUNDS
+    lines = (folder / 'results.txt').read_text().splitlines()
+    keep = [line for i, line in enumerate(lines) if 'Round 3, DSC' not in line and 'Round 3, DSC' not in lines[i - 1]]
+    (folder / 'results.txt').write_text('\n'.join(keep))
+    (folder / 'run.json').write_text('{"window": [-100, 240], "stop_DSC": 0.99}')
+    out, summary, _ = report(golden)
+    assert [len(case['rounds']) for case in summary['runs'][0]['cases']] == [3, 3]
+    assert summary['runs'][0]['results']['coarse2fine_R2']['all']['mean'] == 0.5237438635803298
+    assert 'half there' not in out
+
+
+def test_of_two_runs_of_the_same_the_later_counts(golden, report):
+    later = golden / RESULTS / ROUNDS.replace('20261123', '20261124')
+    shutil.copytree(golden / RESULTS / ROUNDS, later)
+    (later / 'results.txt').write_text(
+        (later / 'results.txt').read_text().replace('Round 2, DSC = 2 * 1114', 'Round 2, DSC = 2 * 1113')
+    )
+    out, summary, _ = report(golden)
+    assert summary['runs'][0]['cases'][0]['DSC'] == 2 * 1113 / (3397 + 1116)
+    assert 'left out' in out and 'is a later run of the same' in out
+    assert 'its DSC is not that of results.txt' in out
+
+
+def test_organs_and_settings_are_told_apart(golden, report):
+    shutil.copytree(golden / RESULTS, golden / RESULTS.replace('1e-5', '1e-4'))
+    folder = golden / COARSE / 'FD0:XJ3_1_20261123_000000.pkl'
+    shutil.copytree(folder, folder.with_name('FD0:XJ3_2.pkl'))
+    np.save(golden / 'labels' / '0001.npy', np.load(golden / 'labels' / '0001.npy') * 2)
+    _, summary, _ = report(golden)
+    assert [(run['organ'], run['settings']) for run in summary['runs']] == [
+        (1, '1e-4x10,20'), (1, '1e-5x10,20'), (2, '1e-5x10,20'),
+    ]  # fmt: skip
+
+
+def test_titles():
+    assert title('coarse_X') == 'Coarse, plane X'
+    assert title('oracle_fusion_F2P') == 'Oracle fusion, F2P'
+    assert title('coarse_fusion_X') == 'Coarse fusion, X'
+    assert title('coarse2fine_R3') == 'Coarse to fine, round 3'
+    assert title('coarse2fine_0.95') == 'Coarse to fine, stopped at 0.95'
+    assert title('coarse2fine') == 'Coarse to fine, stopped at 0.99'
+
+
+def test_numbers_as_papers_print_them():
+    assert (percent(0.84619), percent(1), percent(math.nan), percent(None)) == ('84.62', '100.00', '–', '–')
+    assert (number(3.14159), number(math.inf), number(math.nan), number(None)) == ('3.14', '∞', '–', '–')
+
+
+def test_what_training_and_testing_ask_for_is_the_same_here():
+    assert report_data.CONVERGED == training.GOOD_LOSS
+    assert report_data.AGREEMENTS == coarse2fine_testing.AGREEMENTS
+
+
+# --- logs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_is_read():
+    log = parse_log('log', LOG)
+    assert log.steps == {('S', 1): [0.7, 0.4], ('J', 1): [0.2]}
+    assert log.epochs == {('S', 1): (0.75, 0.45, 0.55)}
+
+
+def test_of_an_epoch_trained_twice_the_last_counts():
+    assert parse_log('log', LOG + LOG.replace('0.7000', '0.1000')).steps['S', 1] == [0.1, 0.4]
+
+
+def test_thinned():
+    assert thinned([1, 2, 3, 4], 2) == [1.5, 3.5]
+    assert thinned([1, 2], 5) == [1, 2]
+
+
+def test_a_report_of_a_training_alone(golden, report):
+    shutil.rmtree(golden / 'results')
+    out, summary, page = report(golden)
+    assert summary['runs'] == []
+    assert 'no test results yet' in out
+    assert 'Fold 0, plane Z, organ 1 20261123_000000' in page
+    assert 'S 0.5500 after epoch 1' in page
+
+
+# --- what is half there --------------------------------------------------------------------------------------------
+
+R2 = f'{RESULTS}/{ROUNDS}/volumes/R2_1.npz'
+TXT = f'{RESULTS}/{ROUNDS}/results.txt'
+BROKEN = {
+    'a corrupt volume': (R2, lambda f: f.write_bytes(f.read_bytes()[:100]), 'R2_1.npz: not a whole .npz'),
+    'a volume of text': (R2, lambda f: f.write_text('hello'), 'R2_1.npz: not a whole .npz'),
+    'a volume without its array': (R2, lambda f: np.savez(f, other=np.ones(3)), 'R2_1.npz: not a whole .npz'),
+    'a volume of another shape': (R2, lambda f: np.savez(f, volume=np.ones((3, 3, 3))), 'R2_1.npz: shape (3, 3, 3)'),
+    'a missing volume': (R2, os.remove, 'R2_1.npz: no such volume'),
+    'no results.txt': (TXT, os.remove, 'computed from their volumes: there is no results.txt'),
+    'half a results.txt': (TXT, lambda f: f.write_text(f.read_text()[:400]), 'results.txt lacks them'),
+    'an empty results.txt': (TXT, lambda f: f.write_text(''), 'computed from their volumes'),
+    'no list': ('lists/testing_FD0.txt', os.remove, 'testing_FD0.txt: no such list'),
+    'a list of another kind': ('lists/testing_FD0.txt', lambda f: f.write_text('a b\n'), "'a b' is not"),
+    'no label': ('labels/0001.npy', os.remove, 'labels/0001.npy: no such file'),
+    'a corrupt label': ('labels/0001.npy', lambda f: f.write_bytes(b'\0'), 'labels/0001.npy: not a readable .npy'),
+    'a flat label': ('labels/0001.npy', lambda f: np.save(f, np.ones((3, 3))), 'labels/0001.npy: 2 axes'),
+    'no image': ('images/0001.npy', os.remove, 'images/0001.npy: no such file'),
+    'an image of another shape': ('images/0001.npy', lambda f: np.save(f, np.ones((3, 3, 3))), 'does not fit its label'),
+    'a broken geometry': ('geometry/0001.json', lambda f: f.write_text('{'), 'geometry/0001.json: not a geometry'),
+    'a geometry without spacing': (
+        'geometry/0001.json', lambda f: f.write_text(f.read_text().replace('-0.8', '0')), '0001.json: spacing [0.0, 0.9, 2.5]',
+    ),
+    'an empty log': ('logs/FD0:Z3_1_20261123_000000.txt', lambda f: f.write_text(''), 'it holds no losses'),
+    'a foreign folder': (f'{COARSE}/my copy', lambda f: f.mkdir(), 'my copy: left out, not the name of'),
+    'an empty result folder': (f'{COARSE}/FD1:XJ3_1.pkl', lambda f: f.mkdir(), 'XJ3_1.pkl: left out, it holds no result'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('what', BROKEN)
+def test_what_is_broken_becomes_a_line(golden, report, what):
+    path, harm, line = BROKEN[what]
+    harm(golden / path)
+    out, summary, page = report(golden)
+    assert any(line in notice for notice in summary['notices']), summary['notices']
+    assert line in out
+    assert page.count('<li>') == len(summary['notices'])
+    assert str(golden) not in page
+    assert summary['runs'][0]['results']['coarse2fine']['all']['cases'] == 2
+
+
+def test_rounds_that_end_halfway_are_named(golden, report):
+    (golden / TXT).unlink()
+    (golden / R2).unlink()
+    out, _, _ = report(golden)
+    assert '1 of 2 cases half there: 0001' in out
+
+
+def test_a_case_without_result_is_named(golden, report):
+    text = (golden / TXT).read_text()
+    (golden / TXT).write_text(text[: text.index('  Testcase 2:')])
+    for volume in (golden / RESULTS / ROUNDS / 'volumes').glob('*_2.npz'):
+        volume.unlink()
+    out, summary, _ = report(golden)
+    assert '1 of 2 cases without a result: 0002' in out
+    assert summary['runs'][0]['results']['coarse2fine']['all']['cases'] == 1
+    assert summary['runs'][0]['cases'][1]['result'] == 'coarse_fusion_F2P'
+
+
+def test_distances_that_could_not_be_measured_are_counted(golden, report):
+    (golden / R2).write_bytes(b'PK')
+    _, summary, page = report(golden)
+    assert summary['runs'][0]['results']['HD95']['all']['unmeasured'] == 1
+    assert summary['runs'][0]['cases'][0]['surfaces'] == 'not measured'
+    assert 'mean of 0 of 1: 1 not measured' in page
+
+
+@pytest.mark.parametrize('made', [True, False])
+def test_nothing_to_report_is_one_line(call, tmp_path, made):
+    data = tmp_path / 'data'
+    if made:
+        (data / 'results').mkdir(parents=True)
+    done = call('report.py', data)
+    assert done.code == 1
+    assert len(done.err.splitlines()) == 1
+    assert ('no results and no logs' if made else 'no such folder') in done.err
+    assert not (data / 'report').exists()
+
+
+# --- reference -----------------------------------------------------------------------------------------------------
+
+
+def test_a_reference_stands_beside(golden, report, tmp_path):
+    file = tmp_path / 'reference.json'
+    file.write_text(
+        '{"name": "Yu & al.", "coarse2fine": {"mean": 0.8462, "std": 0.05}, "HD95": {"mean": 5.2}, "typo": {"mean": 0}}'
+    )
+    out, _, page = report(golden, '--reference', file)
+    assert 'Yu &amp; al.: 84.62 ± 5.00' in page
+    assert 'Yu &amp; al.: 5.20' in page
+    assert 'Yu & al.: no such result here: typo; here are ASD' in out
+
+
+def test_a_former_summary_is_a_reference(golden, report, tmp_path):
+    report(golden)
+    former = shutil.copy(golden / 'report' / 'summary.json', tmp_path / 'former.json')
+    reference = read_reference(former)
+    assert reference['figures'][1]['coarse2fine']['mean'] == 0.5237438635803298
+    assert reference['figures'][1]['NSD'].keys() == {'mean', 'std', 'min', 'max'}
+    _, _, page = report(golden, '--reference', former)
+    assert page.count('52.37 ± 3.01') > 2
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('', 'not a reference'),
+        ('[1]', 'not a reference'),
+        ('{"name": "x"}', 'holds no figures'),
+        ('{"coarse2fine": {"mean": 84.62}}', '84.62 is not a number from 0 to 1, as 0.8462'),
+        ('{"coarse2fine": {"mean": "much"}}', "'much' is not a number"),
+        ('{"runs": [1]}', 'not a reference'),
+        (None, 'no such reference file'),
+    ],
+)
+def test_what_is_no_reference_is_one_line(golden_data, call, tmp_path, text, message):
+    file = tmp_path / 'reference.json'
+    if text is not None:
+        file.write_text(text)
+    done = call('report.py', golden_data, '--reference', file)
+    assert done.code == 1
+    assert message in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_distances_of_a_reference_may_be_above_one():
+    assert checked_figures('file', 'HD95', {'mean': 5.2, 'cases': 20}) == {'mean': 5.2}
+
+
+# --- slices --------------------------------------------------------------------------------------------------------
+
+
+def test_the_opening_slice_is_where_label_and_prediction_differ_most():
+    label, pred = masks(np.s_[2:6, 2:6, 2:6], np.s_[2:6, 2:6, 2:6])
+    pred[4, 0:2] = True
+    seen = {'image': np.zeros((12, 12, 12)), 'label': label, 'prediction': pred}
+    places, opening = chosen_slices(seen, 64)
+    assert (list(places), opening) == (list(range(12)), 4)
+    places, opening = chosen_slices(seen, 4)
+    assert (list(places), places[opening]) == ([1, 4, 7, 10], 4)
+
+
+def test_without_masks_it_is_the_middle_one():
+    places, opening = chosen_slices({'image': np.zeros((12, 3, 3))}, 64)
+    assert places[opening] == 6
+
+
+def test_contours_run_around_the_voxels():
+    assert contour_path(np.zeros((3, 3), bool)) == ''
+    one = np.zeros((3, 4), bool)
+    one[1, 2] = True  # row 1, column 2: its middle is at (2.5, 1.5), in half pixels (5, 3)
+    points = np.cumsum([[int(n) for n in pair] for pair in re.findall(r'(-?\d+) (-?\d+)', contour_path(one))], axis=0)
+    assert {tuple(point) for point in points} == {(4, 3), (6, 3), (5, 2), (5, 4)}
+
+
+@pytest.mark.parametrize('flips', [(1, 1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1)])
+@pytest.mark.parametrize('axes', [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
+def test_slices_stand_upright_whatever_the_axes(axes, flips):
+    """One body, its axes turned and flipped: the axial slice is the same, the front up and the patient's right left."""
+    body = np.zeros((4, 5, 6))  # axes lead to R, A, S
+    body[3, 4, :] = 1  # right and front
+    volume = body.transpose(axes)[tuple(slice(None, None, flip) for flip in flips)]
+    affine = np.eye(4)
+    affine[:3, :3] = 0
+    for axis, (world, flip) in enumerate(zip(axes, flips)):
+        affine[world, axis] = 2.0 * flip
+    found = anatomy(Geometry(affine, 'position', '', 'NIfTI'))
+    assert found == list(zip(axes, flips))
+    place = {world: axis for axis, (world, _) in enumerate(found)}
+    axial = upright(volume, 'XYZ'[place[2]], place[1], place[0], found)[0]
+    assert np.argwhere(axial).tolist() == [[0, 0]]
+
+
+def test_an_affine_that_holds_no_position_tells_nothing_of_left_and_right():
+    assert anatomy(Geometry(np.eye(4), 'spacing', '', 'NIfTI')) is None
+    assert anatomy(None) is None
+
+
+def test_remarks_tell_what_is_left_out():
+    box, shape = np.s_[0:12, 2:10, 0:12], (12, 12, 12)
+    assert remarks((2, 0), box, shape, 4, 1, 2) == [
+        'S up, R on the left', 'cropped around the organ, slices 2 to 9', '4 of these slices are kept', '1 pixel in 2',
+    ]  # fmt: skip
+    assert remarks(None, np.s_[0:12, 0:12, 0:12], shape, 12, 1, 1) == []
+
+
+def test_pictures_stay_small(golden, report):
+    """A wide scan with a prediction all over it: at most so many slices, of 256 pixels a side."""
+    rng = np.random.default_rng(0)
+    shape = (300, 40, 90)
+    write_case(golden, '0001', rng.integers(-100, 240, shape).astype(np.int16), np.ones(shape, np.uint8))
+    mask = np.ones(shape, np.uint8)
+    mask[:, :, 17] = 0
+    for r in range(4):
+        save_volume(golden / RESULTS / ROUNDS / 'volumes' / f'R{r}_1.npz', mask)
+    (golden / TXT).unlink()
+    _, _, page = report(golden, '--slices', 64)
+    first = page[page.index('id="run0_fold0_1"') : page.index('id="run0_fold0_2"')]
+    sizes = [json.loads(size) for size in re.findall(r'data-size="([^"]+)"', first)]
+    numbers = [json.loads(text) for text in re.findall(r'data-numbers="([^"]+)"', first)]
+    assert max(map(max, sizes)) <= 256
+    assert [len(n) for n in numbers] == [60, 40, 45]
+    assert '<output>17</output>' in first  # the opening slice is never thinned out
+    assert '45 of these slices are kept' in first
+    assert '1 pixel in 2' in first
+
+
+# --- the page ------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_escaped(golden, report):
+    name = 'a"<script>alert(1)</script>&\'b'
+    safe = name.replace('/', '_')
+    for kind in ('images', 'labels'):
+        (golden / kind / '0001.npy').rename(golden / kind / f'{safe}.npy')
+    (golden / 'lists' / 'testing_FD0.txt').write_text(
+        f'0 images/{safe}.npy labels/{safe}.npy\n1 images/0002.npy labels/0002.npy\n'
+    )
+    _, summary, page = report(golden)
+    assert summary['runs'][0]['cases'][0]['case'] == safe
+    assert '<script>alert' not in page
+    assert '<b>data' not in page
+    assert 'my &lt;b&gt;data' in page
+
+
+def test_the_page_needs_nothing_from_outside(golden, report):
+    _, _, page = report(golden)
+    assert not re.search(r'(?:src|href)="(?:https?:)?//', page)
+    for file in re.findall(r'(?:src|href)="([^"#:]+)"', page):
+        assert (golden / 'report' / file).is_file(), file
+
+
+def test_the_same_results_make_the_same_report(golden, report):
+    report(golden)
+    first = {f.relative_to(golden): f.read_bytes() for f in (golden / 'report').rglob('*') if f.is_file()}
+    (golden / 'report' / 'stale.txt').touch()
+    report(golden)
+    again = {f.relative_to(golden): f.read_bytes() for f in (golden / 'report').rglob('*') if f.is_file()}
+    assert first == again
+    assert not list(golden.glob('.report*'))
+
+
+@pytest.fixture(scope='module')
+def browser(tmp_path_factory):
+    """A headless Chromium, without a network."""
+    selenium = pytest.importorskip('selenium.webdriver', reason='selenium is missing (tests/requirements.txt)')
+    chromium, driver = (shutil.which(name) for name in ('chromium', 'chromedriver'))
+    if not (chromium and driver):
+        pytest.skip('no chromium and chromedriver: apt-get install chromium chromium-driver')
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ('headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-background-networking',
+                 'disable-component-update', 'disable-sync', 'disable-dev-shm-usage', 'window-size=1280,900',
+                 f'user-data-dir={tmp_path_factory.mktemp("chromium")}'):  # fmt: skip
+        options.add_argument(f'--{flag}')
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
+    started = selenium.Chrome(options, selenium.ChromeService(driver))
+    yield started
+    started.quit()
+
+
+def test_the_page_in_a_browser(golden, report, browser, tmp_path):
+    """It loads without an error, a slider moves the slice and its contours, a picture of it can be taken."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    report(golden)
+    browser.get((golden / 'report' / 'index.html').as_uri())
+    assert browser.find_element(By.TAG_NAME, 'h1').text == golden.name
+    pictures = 'return [...document.images].every(i => i.complete && i.naturalWidth > 0)'
+    WebDriverWait(browser, 20).until(lambda b: b.execute_script(pictures))
+
+    figure = browser.find_element(By.CSS_SELECTOR, '#run0_fold0_1 [data-plane=Z]')
+    slider = figure.find_element(By.TAG_NAME, 'input')
+    before = {
+        name: figure.find_element(By.CSS_SELECTOR, f'path.{name}').get_attribute('d')
+        for name in ('label', 'prediction')
+    }
+    opening = int(figure.find_element(By.TAG_NAME, 'output').text)
+    slider.send_keys(Keys.ARROW_LEFT * 3)
+    WebDriverWait(browser, 20).until(lambda b: figure.get_attribute('data-shown') == str(opening - 3))
+    assert figure.find_element(By.TAG_NAME, 'output').text == str(opening - 3)
+    after = {name: figure.find_element(By.CSS_SELECTOR, f'path.{name}').get_attribute('d') for name in before}
+    assert all(before[name] != after[name] for name in before)
+    image = figure.find_element(By.TAG_NAME, 'image')
+    assert image.get_attribute('href').endswith('run0_fold0_1_Z.jpg')
+    width, height = json.loads(figure.get_attribute('data-size'))
+    row, column = divmod(opening - 3, 8)
+    assert [float(image.get_attribute(key)) for key in 'xy'] == [-width * column, -height * row]
+
+    shown = 'return getComputedStyle(document.querySelector("path.label")).display'
+    assert browser.execute_script(shown) == 'inline'
+    browser.find_element(By.ID, 'show-label').send_keys(Keys.SPACE)
+    assert browser.execute_script(shown) == 'none'
+
+    assert browser.save_screenshot(str(tmp_path / 'report.png'))
+    assert (tmp_path / 'report.png').stat().st_size > 10_000
+    assert browser.get_log('browser') == []
