@@ -231,7 +231,7 @@ train() {
     if [[ $DRY_RUN == 1 ]]; then log=/dev/null; else mkdir -p "$DATA_PATH/logs"; fi
     run OrganSegRSTN/training.py "${ARGUMENTS[@]}" "$plane" "$TRAINING_GPU" "${RATES[@]}" "${SAMPLING[@]}" \
       "${EPOCHS[@]}" "$TRAINING_TIMESTAMP" --fine_iterations "$FINE_ITERATIONS" ${SEEDED[@]+"${SEEDED[@]}"} 2>&1 |
-      tee "$log"
+      tee -i "$log"  # Ctrl-C is training.py's to answer
   done
 }
 if stage "$ENABLE_TRAINING" training; then

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
 from geometry import geometry_file, save_geometry
 from utils import whole_file
 

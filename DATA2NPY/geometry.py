@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
 from utils import whole_file
 
 PUBLISHED = (1, 0, 2)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'OrganSegRSTN'))
 import numpy as np
+
 from arguments import run
 from converting import case_name, convert_all, existing_folder, image_file, only_one, save_array, save_scan, speaker
 from geometry import geometry_file, load_geometry, place_label

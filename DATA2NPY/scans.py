@@ -14,8 +14,9 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import pydicom
-from geometry import Geometry, nifti_geometry
 from pydicom.uid import UID_dictionary
+
+from geometry import Geometry, nifti_geometry
 
 MOST_VOXELS = 2**31  # a header that claims more is taken for broken
 DEFLATE_AT_BEST = 1100  # no gzip file grows by more when it is unpacked

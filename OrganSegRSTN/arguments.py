@@ -6,6 +6,7 @@ A stage lists the names it takes, in order; the published order and meaning of a
 import argparse
 import math
 import os
+import re
 import sys
 import traceback
 
@@ -117,7 +118,8 @@ def parser(doc, required, optional=()):
     for name in [*required, *optional]:
         kind, text = ARGUMENTS[name]
         made.add_argument(name, type=kind, help=text, nargs='?' if name in optional else None)
-    made.add_argument('unused', nargs='*', help=argparse.SUPPRESS)
+    made.add_argument('unused', nargs='*', default=[], help=argparse.SUPPRESS)
+    made._negative_number_matcher = re.compile(r'-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$', re.I)  # -1e2 is no option either
     return made
 
 
@@ -146,7 +148,9 @@ def run(main):
         status = main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and 'out of memory' not in str(error):  # CUDA's is a RuntimeError
+            raise
         if os.environ.get('RSTN_TRACEBACK'):
             traceback.print_exc()
         sys.stdout.flush()

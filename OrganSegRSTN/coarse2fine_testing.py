@@ -39,6 +39,7 @@ def main():
         for TEST in 'CF'
     )
     folder = results_folder(args, 'coarse2fine', folder_name(args, snapshots))
+    tested = read_cases(args.data_path, 'testing', args.current_fold)
     settings = run_settings(args, *snapshots)
     prepare_folder(folder, settings | {'stop_DSC': args.stop_DSC or 'none'})
     for tester in coarse:
@@ -46,7 +47,7 @@ def main():
     cases = []
     with Results(folder) as results:
         results('Fusing results of 1 snapshots:')
-        for number, case in enumerate(read_cases(args.data_path, 'testing', args.current_fold), 1):
+        for number, case in enumerate(tested, 1):
             start = time.time()
             results(f'  Testcase {number}:')
             label = case.label(args.data_path, args.organ_ID)

@@ -26,11 +26,12 @@ def fuse(args, stage):
     planes = ','.join(name.removeprefix(f'FD{args.current_fold}:') for name in snapshots)
     folder = results_folder(args, stage, f'FD{args.current_fold}:fusion:{planes}_{epoch},{args.threshold}')
     sources = [results_folder(args, stage, snapshot) for snapshot in snapshots]
+    cases = read_cases(args.data_path, 'testing', args.current_fold)
     prepare_folder(folder, {'planes': [read_settings(source / 'run.json') for source in sources]})
     values = {fusion: [] for fusion in FUSIONS}
     with Results(folder) as results:
         results('Fusing results of 1 snapshots:')
-        for number, case in enumerate(read_cases(args.data_path, 'testing', args.current_fold), 1):
+        for number, case in enumerate(cases, 1):
             results(f'  Testcase {number}:')
             label = case.label(args.data_path, args.organ_ID)
             files = [source / 'volumes' / f'{epoch}_{number}.npz' for source in sources]
@@ -58,7 +59,7 @@ def plane_volume(file, shape):
     """A plane's stored volume (W, H, L) uint8; without it there is nothing to fuse."""
     volume = load_volume(file, shape)
     if volume is None:
-        raise FileNotFoundError(f'{file}: no such volume; test this plane and fold first')
+        raise FileNotFoundError(f'{file}: no such volume, or not a whole one; test this plane and fold first')
     return volume
 
 

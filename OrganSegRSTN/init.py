@@ -36,7 +36,7 @@ def main():
 
 def case_names(data):
     """Names of the cases that have both an image and a label, in file order; others are left out with a line."""
-    images, labels = (sorted(file.stem for file in (data / kind).glob('*.npy')) for kind in ('images', 'labels'))
+    images, labels = (sorted(file.stem for file in (data / kind).glob('[!.]*.npy')) for kind in ('images', 'labels'))
     for missing, names in (('label', set(images) - set(labels)), ('image', set(labels) - set(images))):
         for name in sorted(names):
             print(f'{name}: left out, it has no {missing}s/{name}.npy')
@@ -87,7 +87,7 @@ def check_case(name, image, label, organ_number):
         )
     if not np.isfinite(image).all():
         raise ValueError(f'images/{name}.npy: not all values are finite')
-    if not np.array_equal(label, np.floor(label)) or label.min() < 0:
+    if not (np.isfinite(label).all() and np.array_equal(label, np.floor(label)) and label.min() >= 0):
         raise ValueError(f'labels/{name}.npy: not all values are whole numbers from 0')
     if label.max() > organ_number:
         print(

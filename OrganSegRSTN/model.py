@@ -245,9 +245,14 @@ def load_weights(path):
     except pickle.UnpicklingError as error:
         reason = str(error).split('\n')[0]
         raise ValueError(f'{path}: refused, since it is not plain weights or is broken ({reason})') from None
-    except (RuntimeError, EOFError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f'{path}: not a readable snapshot ({str(error).splitlines()[0]})') from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    except PermissionError:
+        raise
+    except Exception as error:  # a truncated file fails in any of a dozen ways, some without a message
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f'{path}: not a readable snapshot ({reason}); download or train it again') from None
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    ):
         raise ValueError(f'{path}: not a state dict of tensors')
     for key in [key for key in state if key.startswith('module.')]:
         state[key.removeprefix('module.')] = state.pop(key)

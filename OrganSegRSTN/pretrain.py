@@ -67,11 +67,16 @@ def from_vgg16(weights, expected):
     sources = dict(zip(layers, (f'features.{i}' for i in VGG16_CONVOLUTIONS)))
     sources |= {'fc6': 'classifier.0', 'fc7': 'classifier.3'}
     return {
-        f'{layer}.{kind}': weights[f'{source}.{kind}'].reshape(expected[f'{layer}.{kind}'].shape)
+        f'{layer}.{kind}': as_shaped(weights[f'{source}.{kind}'], expected[f'{layer}.{kind}'].shape)
         for layer, source in sources.items()
         for kind in ('weight', 'bias')
         if f'{source}.{kind}' in weights
     }
+
+
+def as_shaped(tensor, shape):
+    """A fully connected layer's weights as a convolution's; what does not fit is left for the check to name."""
+    return tensor.reshape(shape) if tensor.numel() == shape.numel() else tensor
 
 
 def pretrain(args, device):

@@ -1,5 +1,6 @@
 """results.txt and run.json of a result folder: what came out, and what it was made with."""
 
+import functools
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ class Results:
     def __init__(self, folder):
         self.path = folder / 'results.txt'
         self.lines = []
-        self.undefined = 0
+        self.undefined = set()  # places of the cases
 
     def __call__(self, line):
         print(line, flush=True)
@@ -24,7 +25,7 @@ class Results:
     def average(self, values):
         """Mean and population standard deviation of the defined values (nan is left out); nan where there is none."""
         defined = [value for value in values if not math.isnan(value)]
-        self.undefined = max(self.undefined, len(values) - len(defined))
+        self.undefined |= {i for i, value in enumerate(values) if math.isnan(value)}
         if not defined:
             return math.nan, math.nan
         return statistics.fmean(defined), statistics.pstdev(defined)
@@ -36,7 +37,9 @@ class Results:
         if kind is not None:
             return
         if self.undefined:
-            self(f'{self.undefined} case(s) with an empty label and an empty prediction left out of the averages .')
+            self(
+                f'{len(self.undefined)} case(s) with an empty label and an empty prediction left out of the averages .'
+            )
         with whole_file(self.path, 'w') as file:
             file.write('\n'.join(self.lines) + '\n')
         print(f'written: {self.path.parent}', flush=True)
@@ -65,7 +68,13 @@ def prepare_folder(folder, settings):
 
 
 def _same(former, now):
-    return former is None or now is None or former == now
+    if former is None or now is None:
+        return True
+    if isinstance(now, list) and isinstance(former, list):
+        return len(former) == len(now) and all(map(_same, former, now))
+    if isinstance(now, dict) and isinstance(former, dict):
+        return all(_same(former.get(key), value) for key, value in now.items())
+    return former == now
 
 
 def read_settings(path):
@@ -77,6 +86,7 @@ def read_settings(path):
         return None
 
 
+@functools.cache
 def checksum(path):
     """SHA-256 of a file, or None where it is gone."""
     digest = hashlib.sha256()

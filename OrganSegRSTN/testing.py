@@ -93,13 +93,14 @@ def test_plane(args, stage, TEST):
     device = pick_device(args.GPU_ID)
     snapshot = find_snapshot(args, args.plane, args.timestamp1)
     folder = results_folder(args, stage, snapshot)
+    cases = read_cases(args.data_path, 'testing', args.current_fold)
     prepare_folder(folder, run_settings(args, snapshot))
     tester = PlaneTester(args, args.plane, snapshot, TEST, device)
     epoch = epoch_name(args)
     scores = []
     with Results(folder) as results:
         results(f'Evaluating snapshot {epoch}:')
-        for number, case in enumerate(read_cases(args.data_path, 'testing', args.current_fold), 1):
+        for number, case in enumerate(cases, 1):
             start = time.time()
             image, label = case.image(args.data_path), case.label(args.data_path, args.organ_ID)
             volumes = {'label': label} if TEST == 'O' else {}

@@ -104,7 +104,11 @@ def make_optimizer(model, learning_rate1, learning_rate_m1):
         for coarse in (True, False)
         for bias in (False, True)
     ]
-    return torch.optim.SGD(groups, lr=rate, momentum=0.99, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.99, fused=True)
+    for group in groups:  # fused steps need every momentum from the start; the saliency has no gradient before mode I
+        for parameter in group['params']:
+            optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def train_mode(args, mode, epochs, model, optimizer, loader, device):

@@ -143,6 +143,8 @@ def load_array(path):
     """The array of a .npy file; ValueError names a file that is no whole array of numbers."""
     try:
         array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError('it is an archive of arrays')
         if array.dtype.kind not in 'biuf':
             raise ValueError(f'it holds {array.dtype}, not numbers')
         return array
@@ -159,17 +161,17 @@ def save_volume(path, volume):
 
 
 def load_volume(path, shape):
-    """The array `volume` (of `shape`) of a prediction's .npz; None, said in a line, where it must be made again."""
+    """The array `volume` (of `shape`) of a prediction's .npz; None where there is none, or (said in a line) a broken one."""
     try:
         with np.load(path, allow_pickle=False) as file:
             volume = file['volume']
         if volume.shape == tuple(shape):
             return volume
-        print(f'{path}: shape {volume.shape} instead of {tuple(shape)}; it is made again')
+        print(f'{path}: shape {volume.shape} instead of {tuple(shape)}; not used')
     except FileNotFoundError:
         pass
     except Exception as error:  # zlib, zip and numpy each have their own errors for a broken file
-        print(f'{path}: not readable ({error}); it is made again')
+        print(f'{path}: not readable ({error}); not used')
     return None
 
 
@@ -260,7 +262,7 @@ def find_snapshot(args, plane, timestamp, mode='J'):
     folder = snapshot_folder(args)
     if _stamp(timestamp) or (folder / name).exists():
         return name
-    timed = re.compile(re.escape(name[: -len('.pkl')]) + r'_\d{8}_\d{6}\.pkl')
+    timed = re.compile(re.escape(name[: -len('.pkl')]) + r'_.{15}\.pkl')
     found = sorted(file.name for file in folder.glob('*.pkl') if timed.fullmatch(file.name))
     if not found:
         return name

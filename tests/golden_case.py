@@ -33,11 +33,15 @@ def weights():
     return {key: torch.from_numpy(array) for key, array in recipe.weights(shapes, 7).items()}
 
 
-def write_snapshots(data, legacy=False):
-    """The weights under the names of the three planes' J snapshots; `legacy`: in PyTorch 0.4's file format."""
+def write_snapshots(data, legacy=''):
+    """The weights under the names of the three planes' J snapshots; `legacy`: planes in PyTorch 0.4's file format."""
     folder = data / 'models' / 'snapshots' / 'SIJ_training_1e-5x10,20'
     folder.mkdir(parents=True, exist_ok=True)
-    first, *others = [folder / f'FD0:{plane}J3_1_{TIMESTAMP}.pkl' for plane in 'XYZ']
-    torch.save(weights(), first, _use_new_zipfile_serialization=not legacy)
-    for other in others:
-        other.hardlink_to(first)
+    state, written = weights(), {}
+    for plane in 'XYZ':
+        path, old = folder / f'FD0:{plane}J3_1_{TIMESTAMP}.pkl', plane in legacy
+        if old in written:
+            path.hardlink_to(written[old])
+        else:
+            torch.save(state, path, _use_new_zipfile_serialization=not old)
+            written[old] = path

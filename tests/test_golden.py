@@ -1,0 +1,138 @@
+"""Parity with the published pipeline at full width (268 M parameters): see golden/README.md. Some five minutes."""
+
+import json
+import os
+import re
+import zipfile
+
+import golden_case
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+from golden_case import GOLDEN, TIMESTAMP, write_snapshots, write_volumes
+
+from model import RSTN
+from slices import slice_window
+from training import make_optimizer, train_step
+from utils import to_unit
+
+BEGIN = [0, 1, -100, 240, 0.98, 3, 1]  # current_fold ... organ_ID
+RATES = ['1e-5', 10, '1e-5', 10, 20]
+EPOCHS = [2, 6, 8, 2]
+TIMES = [TIMESTAMP] * 3
+RESULTS = sorted(path.relative_to(GOLDEN) for path in (GOLDEN / 'results').rglob('*') if path.is_file())
+VOLUMES = [path for path in RESULTS if path.suffix == '.npz']
+TEXTS = [path for path in RESULTS if path.name == 'results.txt']
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """The data folder after all stages, each a process; plane Y's snapshot is in the legacy format."""
+    data = tmp_path_factory.mktemp('golden') / 'data'
+    write_volumes(data)
+    write_snapshots(data, legacy='Y')
+    snapshots = data / 'models/snapshots/SIJ_training_1e-5x10,20'
+    assert [zipfile.is_zipfile(snapshots / f'FD0:{plane}J3_1_{TIMESTAMP}.pkl') for plane in 'XYZ'] == [
+        True,
+        False,
+        True,
+    ]
+
+    def stage(script, *args):
+        done = run_script(script, data, *args, env=os.environ | {'OMP_NUM_THREADS': '2'})
+        assert done.code == 0, done.err
+
+    stage('init.py', 1, 2, -100, 240)
+    for kind in ('coarse', 'oracle'):
+        for plane in 'XYZ':
+            stage(f'{kind}_testing.py', *BEGIN, plane, 0, *RATES, 0.5, 1, *EPOCHS, TIMESTAMP, TIMESTAMP)
+        stage(f'{kind}_fusion.py', *BEGIN, 0, *RATES, *EPOCHS, 0.5, *TIMES)
+    stage('coarse2fine_testing.py', *BEGIN, 0, *RATES, *EPOCHS, 0.5, 0.5, 3, *TIMES)
+    yield data
+    for snapshot in snapshots.iterdir():  # a gigabyte each
+        snapshot.unlink()
+
+
+@pytest.mark.parametrize('name', sorted(path.name for path in (GOLDEN / 'lists').iterdir()))
+def test_lists_are_the_same(data, name):
+    found, expected = ((folder / 'lists' / name).read_text().splitlines() for folder in (data, GOLDEN))
+    assert found == expected
+
+
+def test_the_same_lists_and_result_files_and_no_others(data):
+    assert {path.name for path in (data / 'lists').iterdir()} == {path.name for path in (GOLDEN / 'lists').iterdir()}
+    files = {path.relative_to(data) for path in (data / 'results').rglob('*') if path.is_file()}
+    assert {path for path in files if path.name != 'run.json'} == set(RESULTS)  # run.json: a decided difference
+
+
+def stored(path):
+    with np.load(path) as file:
+        assert file.files == ['volume']
+        return file['volume'].astype(int)
+
+
+@pytest.mark.parametrize('path', VOLUMES, ids=lambda path: '/'.join(path.parts[1:])[:60] + path.name)
+def test_volumes_are_the_same(data, path):
+    found, expected = stored(data / path), stored(GOLDEN / path)
+    assert found.shape == expected.shape
+    assert abs(found - expected).max() <= 1
+    assert np.count_nonzero(found != expected) <= found.size / 1000
+
+
+@pytest.mark.parametrize('path', TEXTS, ids=lambda path: '/'.join(path.parts[1:])[:60])
+def test_results_lines_are_the_same(data, path):
+    found, expected = ((folder / path).read_text().splitlines() for folder in (data, GOLDEN))
+    number = r'\d+(?:\.\d+)?(?:e-\d+)?'
+    value = rf'(?<== ){number}'  # a DSC, mean or standard deviation; the counts before it are covered by the volumes
+    for one, other in zip(found, expected, strict=True):
+        counts = r'2 \* \d+ / \(\d+ \+ \d+\)'
+        assert re.sub(value, '#', re.sub(counts, '@', one)) == re.sub(value, '#', re.sub(counts, '@', other))
+        pairs = zip(*(re.findall(rf' = ({number})(?= (?:\.|std))', line) for line in (one, other)), strict=True)
+        for a, b in pairs:
+            assert float(a) == pytest.approx(float(b), abs=1e-3)
+
+
+@pytest.fixture(scope='module')
+def steps(tmp_path_factory):
+    """(losses, norms) of the nine training steps of golden/README.md."""
+    folder = tmp_path_factory.mktemp('volumes')
+    write_volumes(folder)
+    image, label = (np.load(folder / kind / '0001.npy') for kind in ('images', 'labels'))
+    expected = json.loads((GOLDEN / 'training.json').read_text())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with torch.device('meta'):
+        model = RSTN(crop_margin=20, crop_prob=0)
+    model.load_state_dict(golden_case.weights(), assign=True)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout2d):
+            layer.p = 0
+    model.train()
+    optimizer = make_optimizer(model, '1e-5', '10')
+    losses = []
+    for step in expected['steps']:
+        window = slice_window(step['slice'], image.shape[2], 3)
+        x, y = (
+            torch.from_numpy(np.moveaxis(volume[:, :, window], 2, 0)[None])
+            for volume in (to_unit(image, -100, 240), label)
+        )
+        losses.append(train_step(model, optimizer, step['mode'], x, y.float()))
+    torch.set_num_threads(threads)
+    norms = {key: model.state_dict()[key].double().norm().item() for key in expected['norms_after']}
+    return losses, norms, expected
+
+
+def test_losses_of_nine_training_steps_are_the_same(steps):
+    losses, _, expected = steps
+    assert len(losses) == len(expected['steps']) == 9
+    for (coarse, fine, avg), step in zip(losses, expected['steps']):
+        tolerance = 1e-4 if step['mode'] == 'S' else 2e-3
+        assert (coarse, fine, avg) == pytest.approx(
+            (step['coarse_loss'], step['fine_loss'], step['loss']), abs=tolerance
+        )
+
+
+def test_norms_after_nine_training_steps_are_the_same(steps):
+    _, norms, expected = steps
+    assert norms == pytest.approx(expected['norms_after'], rel=1e-4)

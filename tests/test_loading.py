@@ -1,0 +1,213 @@
+"""Snapshots: their names, which one is tested, and what is read and refused."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import settings, tiny_weights
+
+from model import load_RSTN, load_weights
+from utils import epoch_name, find_pretrained, find_snapshot, results_folder, snapshot_folder, snapshot_name
+
+CPU = torch.device('cpu')
+STAMP = '20261123_000000'
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('timestamp', 'name'),
+    [
+        (STAMP, 'FD2:XJ3_1_20261123_000000.pkl'),
+        ('_', 'FD2:XJ3_1.pkl'),
+        ('20261123', 'FD2:XJ3_1.pkl'),  # not 15 characters
+        ('20261123_0000000', 'FD2:XJ3_1.pkl'),
+        ('', 'FD2:XJ3_1.pkl'),
+    ],
+)
+def test_a_timestamp_of_15_characters_is_part_of_a_snapshots_name(timestamp, name):
+    assert snapshot_name(settings('d', current_fold=2), 'X', 'J', timestamp) == name
+
+
+def test_folders_are_named_by_the_rates_as_typed():
+    args = settings('d', learning_rate1='1e-5', learning_rate_m1='10', crop_margin=20)
+    assert snapshot_folder(args) == Path('d/models/snapshots/SIJ_training_1e-5x10,20')
+    assert results_folder(args, 'coarse', 'name') == Path('d/results/coarse_testing_1e-5x10,20/name')
+    assert epoch_name(settings('d', epoch_S=2, epoch_I=6, epoch_J=8, epoch_step=2)) == 'e2682'
+
+
+@pytest.fixture
+def found(tmp_path, capsys):
+    """found(names, timestamp): which of these snapshots is tested along X."""
+
+    def found(names, timestamp, **changes):
+        args = settings(tmp_path, **changes)
+        snapshot_folder(args).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (snapshot_folder(args) / name).touch()
+        return find_snapshot(args, 'X', timestamp)
+
+    return found
+
+
+def test_a_timestamp_asks_for_its_snapshot(found):
+    names = ['FD0:XJ3_1.pkl', f'FD0:XJ3_1_{STAMP}.pkl', 'FD0:XJ3_1_20270101_000000.pkl']
+    assert found(names, STAMP) == f'FD0:XJ3_1_{STAMP}.pkl'
+    assert found(names, '20280101_000000') == 'FD0:XJ3_1_20280101_000000.pkl', 'even where it is missing'
+
+
+def test_without_a_timestamp_the_untimestamped_snapshot_is_tested(found):
+    assert found(['FD0:XJ3_1.pkl', f'FD0:XJ3_1_{STAMP}.pkl'], '_') == 'FD0:XJ3_1.pkl'
+
+
+def test_without_an_untimestamped_one_it_is_the_newest_and_that_is_said(found, capsys):
+    others = ['FD0:XS3_1_20300101_000000.pkl', 'FD0:YJ3_1_20300101_000000.pkl', 'FD1:XJ3_1_20300101_000000.pkl',
+              'FD0:XJ1_1_20300101_000000.pkl', 'FD0:XJ3_12_20300101_000000.pkl']  # fmt: skip
+    newest = 'FD0:XJ3_1_20261124_000000.pkl'
+    assert found([*others, newest, f'FD0:XJ3_1_{STAMP}.pkl'], '_') == newest
+    assert newest in capsys.readouterr().out
+
+
+def test_any_15_characters_are_a_timestamp_also_when_searching(found):
+    assert found(['FD0:XJ3_1_my-own-training.pkl', 'FD0:XJ3_1_too-long-for-a-stamp.pkl'], '_') == (
+        'FD0:XJ3_1_my-own-training.pkl'
+    )
+
+
+def test_without_any_snapshot_the_untimestamped_one_is_what_is_missed(found):
+    assert found([], '_') == 'FD0:XJ3_1.pkl'
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def weights():
+    return tiny_weights(seed=3)
+
+
+def save(path, value, legacy=False):
+    torch.save(value, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+def probability(path, TEST='O'):
+    net = load_RSTN(path, TEST, 3, 4, CPU)
+    assert not net.training
+    image, label = torch.linspace(0, 1, 3 * 24 * 28).reshape(1, 3, 24, 28), torch.ones(1, 3, 24, 28)
+    with torch.inference_mode():
+        return net(image, label=label, score=label, mask=label)
+
+
+@pytest.mark.parametrize('TEST', 'COF')
+def test_legacy_files_and_parallel_prefixes_give_the_same(tmp_path, weights, TEST):
+    plain = probability(save(tmp_path / 'zip.pkl', weights), TEST)
+    assert 0 < plain.mean() < 1
+    assert torch.equal(probability(save(tmp_path / 'legacy.pkl', weights, legacy=True), TEST), plain)
+    prefixed = {f'module.{key}': tensor for key, tensor in weights.items()}
+    assert torch.equal(probability(save(tmp_path / 'parallel.pkl', prefixed), TEST), plain)
+    assert torch.equal(probability(save(tmp_path / 'both.pkl', prefixed, legacy=True), TEST), plain)
+
+
+def test_the_width_is_read_from_the_weights(tmp_path):
+    net = load_RSTN(save(tmp_path / 'wide.pkl', tiny_weights(width=6)), 'O', 3, 4, CPU)
+    assert net.coarse_model.fc7.weight.shape == (384, 384, 1, 1)
+    assert net.margin == 4
+
+
+def test_only_the_networks_that_are_used_are_kept(tmp_path, weights):
+    path = save(tmp_path / 'a.pkl', weights)
+    assert {key.split('.')[0] for key in load_RSTN(path, 'C', 3, 4, CPU).state_dict()} == {'coarse_model'}
+    assert 'coarse_model' not in {key.split('.')[0] for key in load_RSTN(path, 'F', 3, 4, CPU).state_dict()}
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='none.pkl'):
+        load_weights(tmp_path / 'none.pkl')
+
+
+class Malicious:
+    """Its pickle makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize('form', ['zip', 'legacy', 'pickle', 'among weights'])
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, weights, form):
+    path, trap = tmp_path / 'bad.pkl', tmp_path / 'it ran'
+    if form == 'pickle':
+        path.write_bytes(pickle.dumps(Malicious(trap)))
+    elif form == 'among weights':
+        save(path, weights | {'saliency1.bias': Malicious(trap)})
+    else:
+        save(path, Malicious(trap), legacy=form == 'legacy')
+    with pytest.raises(ValueError, match=r'bad\.pkl: refused'):
+        load_weights(path)
+    assert not trap.exists()
+    if form != 'legacy':
+        torch.load(path, weights_only=False) if form != 'pickle' else pickle.loads(path.read_bytes())
+        assert trap.exists(), 'it would have run'
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize('part', [0, 1, 2, 10, 30, 600, 5000, 0.3, 0.9])
+def test_a_truncated_file_is_refused_by_name(tmp_path, weights, legacy, part):
+    path = save(tmp_path / 'cut.pkl', weights, legacy)
+    size = part if isinstance(part, int) else int(path.stat().st_size * part)
+    os.truncate(path, size)
+    with pytest.raises(ValueError, match=r'cut\.pkl'):
+        load_weights(path)
+
+
+@pytest.mark.parametrize('content', [b'hello\n', b'PK\x03\x04', b'\x80\x02.', bytes(100), b'FD0:XJ3_1.pkl' * 9])
+def test_a_file_of_something_else_is_refused_by_name(tmp_path, content):
+    path = tmp_path / 'other.pkl'
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r'other\.pkl'):
+        load_weights(path)
+
+
+@pytest.mark.parametrize('value', [[torch.zeros(1)], {'epoch': 3}, torch.zeros(3), {1: torch.zeros(1)}])
+def test_what_is_not_a_state_dict_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=r'list\.pkl: not'):
+        load_weights(save(tmp_path / 'list.pkl', value))
+
+
+def test_another_thickness_is_named(tmp_path, weights):
+    with pytest.raises(ValueError, match='slice_thickness 3, not 1'):
+        load_RSTN(save(tmp_path / 'a.pkl', weights), 'O', 1, 4, CPU)
+
+
+def test_missing_and_wrongly_shaped_keys_are_named(tmp_path, weights):
+    lacking = {key: tensor for key, tensor in weights.items() if key != 'fine_model.fc7.bias'}
+    with pytest.raises(ValueError, match=r'fine_model\.fc7\.bias is missing'):
+        load_RSTN(save(tmp_path / 'a.pkl', lacking), 'O', 3, 4, CPU)
+    wrong = weights | {'coarse_model.conv2_1.weight': torch.zeros(8, 4, 3, 1)}
+    with pytest.raises(ValueError, match=r'coarse_model\.conv2_1\.weight is \(8, 4, 3, 1\), expected \(8, 4, 3, 3\)'):
+        load_RSTN(save(tmp_path / 'b.pkl', wrong), 'C', 3, 4, CPU)
+    with pytest.raises(ValueError, match='not an RSTN snapshot'):
+        load_RSTN(save(tmp_path / 'c.pkl', {'conv1_1.weight': torch.zeros(4, 3, 3, 3)}), 'O', 3, 4, CPU)
+
+
+# --- where training starts from ------------------------------------------------------------------------------------
+
+
+def test_training_starts_from_the_first_there_is(tmp_path):
+    args = settings(tmp_path)
+    folder = tmp_path / 'models' / 'pretrained'
+    folder.mkdir(parents=True)
+    (folder / 'fcn8s_FD1_1.pth').touch()  # another fold's
+    (folder / 'fcn8s_FD0_2.pth').touch()  # another organ's
+    with pytest.raises(FileNotFoundError, match=r'pretrain\.py .*--convert FILE'):
+        find_pretrained(args)
+    for name in ('fcn8s_FD0_1.pth', 'fcn8s_from_vgg16.pth', 'fcn8s_from_caffe.pth'):
+        (folder / name).touch()
+        assert find_pretrained(args).name == name
+    assert find_pretrained(settings(tmp_path, pretrained='own.pth')) == Path('own.pth')

@@ -1,0 +1,226 @@
+"""run.sh as a user runs it: everything on a tiny phantom, one stage again, a dry run, a failing stage, Ctrl-C."""
+
+import argparse
+import os
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import REPO
+
+STAGES = [
+    'conversion (dicom2npy.py)', 'conversion (nii2npy.py)', 'initialization', 'pretraining', 'training',
+    'coarse testing', 'coarse fusion', 'oracle testing', 'oracle fusion', 'coarse-to-fine testing', 'report',
+]  # fmt: skip
+TINY = {'PRETRAINING_WIDTH': '4', 'PRETRAINING_EPOCHS': '1', 'TRAINING_EPOCH_S': '1', 'TRAINING_EPOCH_I': '1',
+        'TRAINING_EPOCH_J': '1', 'LR_DECAY_EPOCH_J_STEP': '1', 'FOLDS': '2', 'MAX_ROUNDS': '2',
+        'CURRENT_GPU': 'cpu', 'SEED': '1'}  # fmt: skip
+NEEDED = ('PATH', 'HOME', 'LANG', 'TMPDIR', 'LD_LIBRARY_PATH', 'OMP_NUM_THREADS')
+
+
+def environment(**flags):
+    """The environment of a run: nothing of the tester's own settings."""
+    kept = {name: os.environ[name] for name in NEEDED if name in os.environ}
+    return kept | {'PYTHON': sys.executable} | {name: str(value) for name, value in flags.items()}
+
+
+def run_sh(cwd='/', **flags):
+    return subprocess.run(
+        ['bash', REPO / 'run.sh'],
+        cwd=cwd,
+        env=environment(**flags),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+def stages(out):
+    return [line.removeprefix('#### ') for line in out.splitlines() if line.startswith('#### ')]
+
+
+@pytest.fixture(scope='module')
+def lazy(tmp_path_factory):
+    """LAZY_MODE=1 on a tiny phantom's raw data; in the paths are blanks."""
+    folder = tmp_path_factory.mktemp('lazy mode')
+    raw, data = folder / 'raw data', folder / 'my data'
+    made = [sys.executable, REPO / 'DATA2NPY/make_phantom.py', raw, '--size', '32', '32', '16', '--cases', '4']
+    subprocess.run(made, check=True, capture_output=True)
+    done = run_sh(LAZY_MODE=1, RAW_PATH=raw, DATA_PATH=data, **TINY)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    return SimpleNamespace(data=data, out=done.stdout, err=done.stderr)
+
+
+def test_lazy_mode_runs_every_stage_in_order(lazy):
+    assert stages(lazy.out) == STAGES
+    assert 'DEMO' not in lazy.out, 'the demo settings are for the built-in phantom only'
+
+
+def test_lazy_mode_leaves_all_results_of_three_planes(lazy):
+    logs = sorted(path.name for path in (lazy.data / 'logs').iterdir())
+    stamp = re.fullmatch(r'FD0:X3_1_(\d{8}_\d{6})\.txt', logs[0])[1]
+    assert logs == [f'FD0:{plane}3_1_{stamp}.txt' for plane in 'XYZ']
+    for name in logs:
+        assert (lazy.data / 'logs' / name).read_text().splitlines()[-1].endswith('J training stage!')
+    snapshots = lazy.data / 'models/snapshots/SIJ_training_1e-5x10,20'
+    assert sorted(path.name for path in snapshots.iterdir()) == sorted(
+        f'FD0:{plane}{mode}3_1_{stamp}.pkl' for plane in 'XYZ' for mode in 'SIJ'
+    )
+    x, y, z = (f'{plane}J3_1_{stamp}' for plane in 'XYZ')
+    for folder in (
+        *(f'{stage}_testing_1e-5x10,20/FD0:{name}.pkl' for stage in ('coarse', 'oracle') for name in (x, y, z)),
+        *(f'{s}_testing_1e-5x10,20/FD0:fusion:{x}.pkl,{y}.pkl,{z}.pkl_e1111,0.5' for s in ('coarse', 'oracle')),
+        f'coarse2fine_testing_1e-5x10,20/FD0:{x},{y},{z}:e1111_0.5_0.5,2',
+    ):
+        assert (lazy.data / 'results' / folder / 'results.txt').stat().st_size > 100, folder
+    assert len(list((lazy.data / 'results').rglob('results.txt'))) == 9
+
+
+def test_one_stage_again_takes_the_newest_snapshots_and_the_stored_volumes(lazy):
+    folder = lazy.data / 'results'
+    results = next(folder.glob('coarse2fine*/*/results.txt'))
+    before = results.read_text()
+    results.unlink()
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob('*.npz')}
+    for path in (lazy.data / 'models/snapshots/SIJ_training_1e-5x10,20').glob('*J3_1_*'):  # an older training
+        shutil.copy(path, path.with_name(re.sub(r'_\d{8}_\d{6}', '_20000101_000000', path.name)))
+    done = run_sh(ENABLE_COARSE2FINE_TESTING=1, DATA_PATH=lazy.data, **TINY)
+    assert done.returncode == 0, done.stderr
+    assert stages(done.stdout) == ['coarse-to-fine testing']
+    assert 'the newest is taken' in done.stdout
+    assert results.read_text() == before
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob('*.npz')} == times
+
+
+def test_a_relative_data_path_is_seen_from_where_one_stands(lazy):
+    done = run_sh(cwd=lazy.data.parent, ENABLE_COARSE_FUSION=1, DATA_PATH=lazy.data.name, **TINY)
+    assert done.returncode == 0, done.stderr
+
+
+def commands(out):
+    """[(script, arguments)] of a dry run."""
+    found = [shlex.split(line) for line in out.splitlines() if line and not line.startswith('#')]
+    assert all(words[1].startswith(str(REPO)) for words in found)
+    return [(words[1].removeprefix(f'{REPO}/'), words[2:]) for words in found]
+
+
+class Parsed(Exception):
+    """The arguments were understood."""
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """parsed(script, arguments): what the script's own parser makes of them; the script goes no further."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop(parser, *args, **keywords):
+        raise Parsed(parse_args(parser, *args, **keywords))
+
+    def parsed(script, arguments):
+        monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', stop)
+        monkeypatch.setattr(sys, 'argv', [script, *arguments])
+        with pytest.raises(Parsed) as end:
+            runpy.run_path(str(REPO / script), run_name='__main__')
+        return end.value.args[0]
+
+    return parsed
+
+
+def test_a_dry_run_of_lazy_mode_prints_commands_that_the_scripts_understand_and_does_nothing(tmp_path, parsed):
+    data = tmp_path / 'my data'
+    done = run_sh(DRY_RUN=1, LAZY_MODE=1, DATA_PATH=data)
+    assert done.returncode == 0, done.stderr
+    assert not any(tmp_path.iterdir()), 'nothing is created'
+    found = commands(done.stdout)
+    three = ['X', 'Y', 'Z']
+    assert [script.split('/')[1] for script, _ in found] == [
+        'make_phantom.py', 'dicom2npy.py', 'nii2npy.py', 'init.py', 'pretrain.py', *['training.py'] * 3,
+        *['coarse_testing.py'] * 3, 'coarse_fusion.py', *['oracle_testing.py'] * 3, 'oracle_fusion.py',
+        'coarse2fine_testing.py', 'report.py',
+    ]  # fmt: skip
+    understood = [(script, parsed(script, arguments)) for script, arguments in found]
+    assert all(args.data_path == str(data) for script, args in understood if script.startswith('OrganSegRSTN'))
+    assert [args.plane for script, args in understood if script.endswith('training.py')] == three
+    assert [args.plane for script, args in understood if script.endswith('coarse_testing.py')] == three
+    training, testing = (dict(understood)[f'OrganSegRSTN/{name}.py'] for name in ('training', 'coarse2fine_testing'))
+    assert len(training.timestamp) == 15
+    assert testing.timestamp1_X == testing.timestamp1_Z == training.timestamp
+
+
+def test_a_dry_run_of_users_data_has_the_published_defaults(tmp_path, parsed):
+    (tmp_path / 'raw').mkdir()
+    done = run_sh(DRY_RUN=1, LAZY_MODE=1, DATA_PATH=tmp_path / 'data', RAW_PATH=tmp_path / 'raw', CURRENT_FOLD=2)
+    found = dict(commands(done.stdout))
+    assert 'DATA2NPY/make_phantom.py' not in found
+    args = vars(parsed('OrganSegRSTN/training.py', found['OrganSegRSTN/training.py']))
+    defaults = {'organ_number': 1, 'low_range': -100, 'high_range': 240, 'slice_threshold': 0.98, 'slice_thickness': 3,
+                'learning_rate1': '1e-5', 'learning_rate_m1': '10', 'learning_rate2': '1e-5', 'learning_rate_m2': '10',
+                'crop_margin': 20, 'crop_prob': 0.5, 'crop_sample_batch': 1, 'epoch_S': 2, 'epoch_I': 6, 'epoch_J': 8,
+                'lr_decay_epoch': 2, 'organ_ID': 1, 'current_fold': 2, 'GPU_ID': '2'}  # fmt: skip
+    assert {name: args[name] for name in defaults} == defaults
+    args = parsed('OrganSegRSTN/coarse2fine_testing.py', found['OrganSegRSTN/coarse2fine_testing.py'])
+    assert (args.coarse_threshold, args.fine_threshold, args.max_rounds) == (0.5, 0.5, 10)
+    assert parsed('OrganSegRSTN/init.py', found['OrganSegRSTN/init.py']).folds == 4
+
+
+def test_without_a_switch_nothing_is_done(tmp_path):
+    done = run_sh(DATA_PATH=tmp_path / 'data')
+    assert (done.returncode, stages(done.stdout)) == (0, [])
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_past_training_is_tested_by_its_timestamp_and_one_plane_alone(tmp_path, parsed):
+    done = run_sh(DRY_RUN=1, ENABLE_COARSE_TESTING=1, ENABLE_COARSE2FINE_TESTING=1, DATA_PATH=tmp_path, CURRENT_PLANE='Y',
+                  COARSE_TIMESTAMP1='20250101_000000', COARSE2FINE_TIMESTAMP1_Z='20250102_000000')  # fmt: skip
+    (one, first), (two, second) = commands(done.stdout)
+    assert (parsed(one, first).plane, parsed(one, first).timestamp1) == ('Y', '20250101_000000')
+    assert (parsed(two, second).timestamp1_X, parsed(two, second).timestamp1_Z) == ('_', '20250102_000000')
+
+
+def test_a_failing_stage_stops_the_run_and_is_named_last(tmp_path):
+    done = run_sh(ENABLE_INITIALIZATION=1, ENABLE_COARSE_FUSION=1, DATA_PATH=tmp_path)
+    assert done.returncode == 1
+    assert stages(done.stdout) == ['initialization']
+    assert done.stderr.splitlines()[-1] == 'run.sh: stopped in initialization (exit code 1)'
+
+
+def test_a_failing_training_does_not_hide_behind_its_log(data):
+    done = run_sh(ENABLE_TRAINING=1, ENABLE_COARSE_TESTING=1, DATA_PATH=data)
+    assert done.returncode == 1
+    assert stages(done.stdout) == ['training']
+    assert done.stderr.splitlines()[-1] == 'run.sh: stopped in training of fold 0, organ 1, plane X (exit code 1)'
+    log = next((data / 'logs').iterdir())
+    assert 'no FCN-8s to start from' in log.read_text()
+
+
+def test_ctrl_c_in_training_keeps_snapshot_and_log_and_runs_nothing_more(lazy, data):
+    (data / 'models').mkdir()
+    shutil.copytree(lazy.data / 'models/pretrained', data / 'models/pretrained')
+    flags = TINY | {'TRAINING_EPOCH_S': '10000', 'TRAINING_TIMESTAMP': '_'}
+    process = subprocess.Popen(
+        ['bash', REPO / 'run.sh'], env=environment(ENABLE_TRAINING=1, ENABLE_COARSE_TESTING=1, DATA_PATH=data, **flags),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    log = data / 'logs/FD0:X3_1.txt'
+    deadline = time.time() + 120
+    while not (log.exists() and 'Iter[00002]' in log.read_text()) and time.time() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert stages(out) == ['training']
+    assert (data / 'models/snapshots/SIJ_training_1e-5x10,20/FD0:XS3_1.pkl').exists()
+    assert '0XS interrupted: saved as it was' in log.read_text().splitlines()[-1]
+
+
+def test_run_sh_and_setup_are_valid_shell():
+    for script in ('run.sh', 'setup.sh', 'tests/run.sh', '.ci/run'):
+        subprocess.run(['bash', '-n', REPO / script], check=True)

@@ -1,0 +1,477 @@
+"""Coarse and oracle testing, fusion and coarse to fine on tiny cases: what is computed, stored, reused and printed."""
+
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FOLDER, coarse2fine_args, fusion_args, run_script, tiny_weights, training_args
+
+import coarse2fine_testing
+from model import RSTN
+from testing import fine_rounds, predict_volume, to_bytes
+from utils import DSC_computation
+
+CPU = torch.device('cpu')
+COARSE = 'results/coarse_testing_1e-5x10,4'
+FINE = 'results/coarse2fine_testing_1e-5x10,4/FD0:XJ3_1,YJ3_1,ZJ3_1:e1111_0.5_0.5,2'
+DICE = r'2 \* \d+ / \(\d+ \+ \d+\) = \d\.\d+'
+
+
+def volume(path):
+    with np.load(path) as file:
+        assert file.files == ['volume']
+        return file['volume']
+
+
+def rewrite(path, array):
+    np.savez_compressed(path, volume=array)
+
+
+def lines(folder):
+    return (folder / 'results.txt').read_text().splitlines()
+
+
+def times(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob('*.npz'))}
+
+
+def succeeded(done):
+    assert done.code == 0, done.err
+    return done
+
+
+# --- a volume along a plane ----------------------------------------------------------------------------------------
+
+
+class Recorder(torch.nn.Module):
+    """Stands where a network does: hands on its middle slice's inputs, so that averages can be told."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, image, **others):
+        self.seen.append({'image': image} | others)
+        return image
+
+
+def test_every_window_is_seen_clipped_and_scaled_and_averaged_back():
+    image = np.arange(2 * 3 * 4).reshape(2, 3, 4).astype(np.int16) * 10 - 20
+    for plane in 'XYZ':
+        net = Recorder()
+        found = predict_volume(net, image, plane, (0, 200), 3, CPU)
+        assert len(net.seen) == image.shape['XYZ'.index(plane)]
+        assert net.seen[0]['image'].shape[:2] == (1, 3)
+        np.testing.assert_allclose(found, np.clip(image, 0, 200) / 200, atol=1e-6)
+        assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize('slices', [1, 2])
+def test_volumes_of_one_and_two_slices_work(slices):
+    image = np.random.default_rng(0).integers(0, 200, (4, 5, slices))
+    for thickness in (1, 3):
+        found = predict_volume(Recorder(), image, 'Z', (0, 200), thickness, CPU) if thickness == 3 else image / 200
+        np.testing.assert_allclose(found, image / 200, atol=1e-6)
+    net = RSTN(n_class=1, TEST='C', width=3).eval()
+    assert predict_volume(net, image, 'Z', (0, 200), 1, CPU).shape == image.shape
+
+
+def test_windows_without_a_voxel_of_label_are_skipped():
+    image = np.full((2, 2, 7), 100)
+    label = np.zeros(image.shape, bool)
+    label[0, 0, 5] = True
+    net = Recorder()
+    found = predict_volume(net, image, 'Z', (0, 200), 3, CPU, label=label)
+    assert [seen['label'][0, :, 0, 0].tolist() for seen in net.seen] == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
+    # windows 4, 5, 6 of 0..6; slice 3 is covered by 2, 3, 4, slice 6 by 5, 6
+    np.testing.assert_allclose(found[0, 0] * 2, [0, 0, 0, 1 / 3, 2 / 3, 1, 1], atol=1e-6)
+
+
+def test_fine_testing_hands_on_score_and_mask_of_the_window():
+    image, mask = np.zeros((2, 2, 3)), np.ones((2, 2, 3), np.uint8)
+    score = np.broadcast_to(np.array([0.25, 0.5, 0.75], np.float32), (2, 2, 3))
+    net = Recorder()
+    predict_volume(net, image, 'Z', (0, 200), 3, CPU, score=score, mask=mask)
+    assert [seen['score'][0, :, 0, 0].tolist() for seen in net.seen] == [
+        [0.25, 0.25, 0.5],
+        [0.25, 0.5, 0.75],
+        [0.5, 0.75, 0.75],
+    ]
+    assert net.seen[0]['mask'].shape == (1, 3, 2, 2)
+
+
+def test_probabilities_are_stored_rounded_and_128_is_organ():
+    stored = to_bytes(np.array([0, 0.4999, 0.5, 0.502, 1], np.float32))
+    assert stored.dtype == np.uint8
+    assert stored.tolist() == [0, 127, 128, 128, 255]
+
+
+# --- coarse and oracle testing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('script', 'stage'), [('coarse_testing.py', 'coarse'), ('oracle_testing.py', 'oracle')])
+def test_results_lines_volumes_and_their_reuse(tested, call, script, stage):
+    done = succeeded(call(script, *training_args(tested)))
+    folder = tested / f'results/{stage}_testing_1e-5x10,4/FD0:ZJ3_1.pkl'
+    first, one, two, last = lines(folder)
+    assert first == 'Evaluating snapshot e1111:'
+    assert re.fullmatch(rf'  Testcase 1: DSC = {DICE} \.', one)
+    assert re.fullmatch(rf'  Testcase 2: DSC = {DICE} \.', two)
+    scores = [float(line.split()[-2]) for line in (one, two)]
+    assert last == f'Snapshot e1111: average DSC = {sum(scores) / 2} .'
+    assert all(line in done.out.splitlines() for line in lines(folder))
+    assert [path.name for path in sorted((folder / 'volumes').iterdir())] == ['e1111_1.npz', 'e1111_2.npz']
+    label = np.load(tested / 'labels/0001.npy') == 1
+    found = volume(folder / 'volumes/e1111_1.npz')
+    assert found.dtype == np.uint8 and found.shape == label.shape
+    assert str(DSC_computation(label, found >= 128)) in one
+
+    # again: nothing is computed, the results are rewritten from the stored volumes
+    rewrite(folder / 'volumes/e1111_2.npz', (np.load(tested / 'labels/0002.npy') == 1) * np.uint8(128))
+    before = times(folder)
+    shutil.rmtree(tested / 'models')
+    done = succeeded(call(script, *training_args(tested)))
+    assert 'snapshot /' not in done.out
+    assert times(folder) == before
+    assert lines(folder)[1] == one
+    assert lines(folder)[2].endswith('= 1.0 .')
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'garbage', 'empty', 'another shape', 'another name', 'flipped bytes'])
+def test_a_damaged_volume_is_computed_again_with_a_line(tested, call, damage):
+    succeeded(call('coarse_testing.py', *training_args(tested)))
+    folder = tested / COARSE / 'FD0:ZJ3_1.pkl'
+    path, expected = folder / 'volumes/e1111_2.npz', lines(folder)
+    good = volume(path)
+    content = path.read_bytes()
+    if damage == 'another shape':
+        rewrite(path, good[:-1])
+    elif damage == 'another name':
+        np.savez_compressed(path, prediction=good)
+    elif damage == 'flipped bytes':
+        middle = len(content) // 2
+        path.write_bytes(
+            content[:middle] + bytes(255 - b for b in content[middle : middle + 40]) + content[middle + 40 :]
+        )
+    else:
+        path.write_bytes({'truncated': content[: len(content) // 2], 'garbage': b'volume', 'empty': b''}[damage])
+    done = succeeded(call('coarse_testing.py', *training_args(tested)))
+    assert [line for line in done.out.splitlines() if line.startswith(str(path)) and 'made again' in line]
+    assert lines(folder) == expected
+    np.testing.assert_array_equal(volume(path), good)
+
+
+def test_oracle_testing_sees_nothing_far_from_the_label(tested, call):
+    succeeded(call('oracle_testing.py', *training_args(tested)))
+    found = volume(tested / 'results/oracle_testing_1e-5x10,4/FD0:ZJ3_1.pkl/volumes/e1111_1.npz')
+    label = np.load(tested / 'labels/0001.npy')
+    near = np.flatnonzero(label.any(axis=(0, 1)))
+    assert found.any()
+    outside = [j for j in range(label.shape[2]) if j < near[0] - 2 or j > near[-1] + 2]
+    assert not found[:, :, outside].any()
+    a = np.flatnonzero(label.any(axis=(1, 2)))
+    assert not found[: max(a[0] - 4, 0)].any() and not found[a[-1] + 5 :].any()
+
+
+def test_cases_without_the_organ_are_nan_left_out_and_counted(tested, call):
+    np.save(tested / 'labels/0002.npy', np.zeros_like(np.load(tested / 'labels/0002.npy')))
+    succeeded(call('oracle_testing.py', *training_args(tested)))
+    _, one, two, last, closing = lines(tested / 'results/oracle_testing_1e-5x10,4/FD0:ZJ3_1.pkl')
+    assert two == '  Testcase 2: DSC = 2 * 0 / (0 + 0) = nan .'
+    assert last == f'Snapshot e1111: average DSC = {one.split()[-2]} .'
+    assert closing == '1 case(s) with an empty label and an empty prediction left out of the averages .'
+
+
+def test_an_image_and_label_of_two_shapes_are_refused(tested, call):
+    np.save(tested / 'labels/0001.npy', np.zeros((4, 4, 4), np.uint8))
+    done = call('coarse_testing.py', *training_args(tested))
+    assert done.code == 1
+    assert len(done.err.splitlines()) == 1 and '(4, 4, 4)' in done.err
+    assert not (tested / COARSE / 'FD0:ZJ3_1.pkl/results.txt').exists()
+
+
+def test_a_missing_snapshot_is_one_line(data, call):
+    done = call('coarse_testing.py', *training_args(data))
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert 'FD0:ZJ3_1.pkl: no such' in done.err and 'train' in done.err
+
+
+def test_thickness_1_runs_through_testing(data, call):
+    args = training_args(data)
+    args[6] = 1
+    folder = data / 'models/snapshots' / FOLDER
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(RSTN(n_class=1, width=4).state_dict(), folder / 'FD0:ZJ1_1.pkl')
+    for script in ('coarse_testing.py', 'oracle_testing.py'):
+        succeeded(call(script, *args))
+    found = volume(data / COARSE / 'FD0:ZJ1_1.pkl/volumes/e1111_1.npz')
+    assert (found == 128).all(), 'score layers of zero'
+    args[6] = 3
+    torch.save(RSTN(n_class=1, width=4).state_dict(), folder / 'FD0:ZJ3_1.pkl')
+    done = call('coarse_testing.py', *args)
+    assert done.code == 1 and 'slice_thickness 1, not 3' in done.err
+
+
+# --- fusion --------------------------------------------------------------------------------------------------------
+
+
+def test_fusion_reads_the_planes_stored_volumes_and_its_own_again(tested, call):
+    done = call('coarse_fusion.py', *fusion_args(tested))
+    assert done.code == 1
+    assert 'FD0:XJ3_1.pkl/volumes/e1111_1.npz: no such volume; test this plane and fold first' in done.err
+    for plane in 'XYZ':
+        succeeded(call('coarse_testing.py', *training_args(tested, plane)))
+    succeeded(call('coarse_fusion.py', *fusion_args(tested)))
+    folder = tested / COARSE / 'FD0:fusion:XJ3_1.pkl,YJ3_1.pkl,ZJ3_1.pkl_e1111,0.5'
+    names = ['X', 'Y', 'Z', 'F1', 'F2', 'F3', 'F1P', 'F2P', 'F3P']
+    text = lines(folder)
+    assert text[0] == 'Fusing results of 1 snapshots:'
+    assert text[1] == '  Testcase 1:' and text[11] == '  Testcase 2:'
+    for k, name in enumerate(names):
+        assert re.fullmatch(rf'    DSC_{name} = {DICE} \.', text[2 + k])
+        scores = [float(text[start + k].split()[-2]) for start in (2, 12)]
+        assert text[21 + k].startswith(f'Average DSC_{name} = ')
+        assert float(text[21 + k].split()[-2]) == pytest.approx(sum(scores) / 2)
+    assert len(text) == 30
+    files = {f'{name}_{case}.npz' for name in names for case in (1, 2)}
+    assert {path.name for path in (folder / 'volumes').iterdir()} == files
+
+    before = times(folder)
+    succeeded(call('coarse_fusion.py', *fusion_args(tested)))
+    assert (times(folder), lines(folder)) == (before, text)
+    rewrite(folder / 'volumes/F2_1.npz', (np.load(tested / 'labels/0001.npy') == 1).astype(np.uint8))
+    succeeded(call('coarse_fusion.py', *fusion_args(tested)))
+    assert lines(folder)[6].startswith('    DSC_F2 = ') and lines(folder)[6].endswith(' = 1.0 .')
+
+
+# --- coarse to fine ------------------------------------------------------------------------------------------------
+
+SCORES = [(0.5, math.nan), (0.6, 0.85), (0.7, 0.92), (0.8, 0.985), (0.9, 0.97)]
+
+
+@pytest.mark.parametrize(
+    ('agreement', 'score'),
+    [(0.8, 0.6), (0.85, 0.6), (0.90, 0.7), (0.95, 0.8), (0.98, 0.8), (0.99, 0.9)],  # the last: never reached
+)
+def test_stopping_is_at_the_first_round_that_agrees_else_at_the_last(agreement, score):
+    assert coarse2fine_testing.stopped_at(SCORES, agreement) == score
+
+
+def test_a_round_of_dice_0_is_not_passed_over():
+    assert coarse2fine_testing.stopped_at([(0.5, math.nan), (0.0, 0.95), (0.7, 0.95)], 0.9) == 0
+
+
+def test_without_fine_rounds_round_0_is_the_last():
+    assert coarse2fine_testing.stopped_at([(0.5, math.nan)], 0.9) == 0.5
+
+
+class Says:
+    """A tester that predicts the next of these volumes and keeps what it was given."""
+
+    def __init__(self, *volumes):
+        self.volumes, self.given = list(volumes), []
+
+    def predict(self, image, score, mask):
+        self.given.append((score, mask))
+        return self.volumes.pop(0)
+
+
+def one_row(*values):
+    return np.array([[values]], np.float32)
+
+
+def test_a_round_is_seen_with_the_mean_score_and_the_processed_mask_of_the_one_before():
+    x = Says(one_row(0.9, 0.9, 0, 0, 0, 0, 0.3, 0, 0), one_row(*[0] * 9))
+    y = Says(one_row(0.6, 0.9, 0, 0, 0, 0, 0.6, 0, 0), one_row(*[0] * 9))
+    z = Says(one_row(0.3, 0.0, 0, 0, 0, 0, 0.6, 0, 0), one_row(*[0] * 9))
+    start, mask = one_row(*[0.4] * 9), np.ones((1, 1, 9), np.uint8)
+    rounds = list(fine_rounds([x, y, z], None, start, mask, 0.5, 1))
+    assert [r.ravel().tolist() for r in rounds] == [
+        [1, 1, 0, 0, 0, 0, 1, 0, 0],
+        [0] * 9,
+    ]  # the second, empty, is the last
+    assert all(tester.given[0][0] is start and tester.given[0][1] is mask for tester in (x, y, z))
+    score, mask = z.given[1]
+    np.testing.assert_allclose(score, one_row(0.6, 0.6, 0, 0, 0, 0, 0.5, 0, 0), atol=1e-6)
+    assert mask.ravel().tolist() == [1, 1, 0, 0, 0, 0, 1, 0, 0]
+
+
+def test_small_components_are_removed_from_every_fine_round():
+    says = Says(one_row(1, 1, 1, 0, 1, 0, 0, 0, 0, 0))
+    mask = next(fine_rounds([says], None, one_row(*[0.4] * 10), np.ones((1, 1, 10), np.uint8), 0.5, 1))
+    assert mask.ravel().tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_an_empty_round_0_has_no_fine_rounds():
+    assert not list(fine_rounds([Says()], None, one_row(0.1), np.zeros((1, 1, 1), np.uint8), 0.5, 1))
+
+
+def test_coarse_to_fine_lines_volumes_and_their_reuse(tested, call):
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested)))
+    folder = tested / FINE
+    text = lines(folder)
+    patterns = ['Fusing results of 1 snapshots:']
+    for case in (1, 2):
+        patterns += [f'  Testcase {case}:', rf'    Round 0, DSC = {DICE} \.']
+        for r in (1, 2):
+            patterns += [rf'    Round {r}, DSC = {DICE} \.', rf'      Inter-iteration DSC = {DICE} \.']
+    patterns += [rf'Round {r}, Average DSC = 0\.\d+ \.' for r in range(3)]
+    patterns += [rf'DSC threshold = 0\.{n}, Average DSC = 0\.\d+ std = 0\.\d+ \.' for n in (90, 95, 98, 99)]
+    assert len(text) == len(patterns)
+    assert [pattern for pattern, line in zip(patterns, text) if not re.fullmatch(pattern, line)] == []
+
+    # round 0 is the mean of the three coarse volumes, which are stored as coarse testing does
+    paths = [tested / COARSE / f'FD0:{plane}J3_1.pkl/volumes/e1111_1.npz' for plane in 'XYZ']
+    mean = sum(volume(path) / np.float32(255) for path in paths) / np.float32(3)
+    np.testing.assert_array_equal(volume(folder / 'volumes/R0_1.npz'), mean >= 0.5)
+    assert len(list((folder / 'volumes').iterdir())) == 6
+    coarse = volume(paths[2])
+    paths[2].unlink()
+    succeeded(call('coarse_testing.py', *training_args(tested)))
+    np.testing.assert_array_equal(volume(paths[2]), coarse)
+
+    # again, without the snapshots: from the stored volumes
+    before = times(tested)
+    shutil.rmtree(tested / 'models')
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested)))
+    assert (times(tested), lines(folder)) == (before, text)
+    rewrite(folder / 'volumes/R2_1.npz', (np.load(tested / 'labels/0001.npy') == 1).astype(np.uint8))
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested)))
+    assert lines(folder)[5].startswith('    Round 2, DSC') and lines(folder)[5].endswith(' = 1.0 .')
+
+
+def test_stored_coarse_volumes_are_used(tested, call):
+    label = np.load(tested / 'labels/0001.npy') == 1
+    for plane in 'XYZ':
+        folder = tested / COARSE / f'FD0:{plane}J3_1.pkl/volumes'
+        folder.mkdir(parents=True)
+        rewrite(folder / 'e1111_1.npz', label * np.uint8(255))
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested, rounds=0)))
+    text = lines(tested / FINE.replace(',2', ',0'))
+    assert text[2].endswith(' = 1.0 .'), 'case 1, round 0'
+    assert not text[4].endswith(' = 1.0 .'), 'case 2, round 0'
+    assert text[5].startswith('Round 0, Average') and text[6].startswith('DSC threshold = 0.90')
+
+
+def test_an_empty_mask_ends_the_rounds_which_are_recorded_as_empty(tested, call):
+    for plane in 'XYZ':
+        folder = tested / COARSE / f'FD0:{plane}J3_1.pkl/volumes'
+        folder.mkdir(parents=True)
+        for case in (1, 2):
+            rewrite(folder / f'e1111_{case}.npz', np.zeros_like(np.load(tested / f'labels/000{case}.npy')))
+    np.save(tested / 'labels/0002.npy', np.zeros_like(np.load(tested / 'labels/0002.npy')))
+    count = np.count_nonzero(np.load(tested / 'labels/0001.npy') == 1)
+    done = succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested)))
+    assert 'snapshot /' not in done.out, 'no network was needed'
+    assert lines(tested / FINE) == [
+        'Fusing results of 1 snapshots:',
+        '  Testcase 1:',
+        f'    Round 0, DSC = 2 * 0 / (0 + {count}) = 0.0 .',
+        f'    Round 1, DSC = 2 * 0 / (0 + {count}) = 0.0 .',
+        '      Inter-iteration DSC = 2 * 0 / (0 + 0) = 1.0 .',
+        f'    Round 2, DSC = 2 * 0 / (0 + {count}) = 0.0 .',
+        '      Inter-iteration DSC = 2 * 0 / (0 + 0) = 1.0 .',
+        '  Testcase 2:',
+        '    Round 0, DSC = 2 * 0 / (0 + 0) = nan .',
+        '    Round 1, DSC = 2 * 0 / (0 + 0) = nan .',
+        '      Inter-iteration DSC = 2 * 0 / (0 + 0) = 1.0 .',
+        '    Round 2, DSC = 2 * 0 / (0 + 0) = nan .',
+        '      Inter-iteration DSC = 2 * 0 / (0 + 0) = 1.0 .',
+        'Round 0, Average DSC = 0.0 .',
+        'Round 1, Average DSC = 0.0 .',
+        'Round 2, Average DSC = 0.0 .',
+        'DSC threshold = 0.90, Average DSC = 0.0 std = 0.0 .',
+        'DSC threshold = 0.95, Average DSC = 0.0 std = 0.0 .',
+        'DSC threshold = 0.98, Average DSC = 0.0 std = 0.0 .',
+        'DSC threshold = 0.99, Average DSC = 0.0 std = 0.0 .',
+        '1 case(s) with an empty label and an empty prediction left out of the averages .',
+    ]
+    assert not volume(tested / FINE / 'volumes/R2_1.npz').any()
+
+
+def test_cases_undefined_in_different_rounds_are_counted_once_each(tested, call):
+    empty = [np.zeros_like(np.load(tested / f'labels/000{case}.npy')) for case in (1, 2)]
+    folder = tested / FINE / 'volumes'
+    folder.mkdir(parents=True)
+    for case, undefined_round in ((1, 0), (2, 2)):
+        np.save(tested / f'labels/000{case}.npy', empty[case - 1])
+        for r in range(3):
+            rewrite(folder / f'R{r}_{case}.npz', empty[case - 1] + np.uint8(r != undefined_round))
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested)))
+    assert lines(tested / FINE)[-1].startswith('2 case(s) with an empty label and an empty prediction')
+
+
+def test_a_scripts_run_from_another_folder_by_a_relative_path(tested):
+    done = run_script('coarse_testing.py', *training_args(Path(tested.name)), cwd=tested.parent)
+    assert done.code == 0, done.err
+    assert len(lines(tested / COARSE / 'FD0:ZJ3_1.pkl')) == 4
+
+
+def test_a_timestamp_is_in_every_name(tested, call):
+    stamp = '20261123_000000'
+    folder = tested / 'models/snapshots' / FOLDER
+    for plane in 'XYZ':
+        torch.save(tiny_weights(), folder / f'FD0:{plane}J3_1_{stamp}.pkl', _use_new_zipfile_serialization=False)
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested, rounds=1, timestamp=stamp)))
+    succeeded(call('coarse_fusion.py', *fusion_args(tested, timestamp=stamp)))
+    x, y, z = (f'{plane}J3_1_{stamp}' for plane in 'XYZ')
+    assert (tested / f'results/coarse2fine_testing_1e-5x10,4/FD0:{x},{y},{z}:e1111_0.5_0.5,1/results.txt').exists()
+    assert (tested / f'results/coarse_testing_1e-5x10,4/FD0:fusion:{x}.pkl,{y}.pkl,{z}.pkl_e1111,0.5').exists()
+    assert not (tested / COARSE / 'FD0:XJ3_1.pkl').exists()
+
+
+# --- what stored volumes were made with ----------------------------------------------------------------------------
+
+
+def test_volumes_made_with_another_snapshot_or_window_are_made_again(tested, call):
+    folder = tested / COARSE / 'FD0:ZJ3_1.pkl'
+    succeeded(call('coarse_testing.py', *training_args(tested)))
+    before = lines(folder)
+    torch.save(tiny_weights(seed=8), tested / 'models/snapshots' / FOLDER / 'FD0:ZJ3_1.pkl')
+    assert 'made again' in succeeded(call('coarse_testing.py', *training_args(tested))).out
+    assert lines(folder) != before
+    before = lines(folder)
+    args = training_args(tested)
+    args[4] = 400
+    assert 'made again' in succeeded(call('coarse_testing.py', *args)).out
+    assert lines(folder) != before
+
+
+def test_a_snapshot_that_is_gone_costs_no_volume(tested, call):
+    succeeded(call('coarse_testing.py', *training_args(tested)))
+    before = times(tested)
+    shutil.rmtree(tested / 'models')
+    call('coarse_testing.py', *training_args(tested))
+    assert times(tested) == before
+
+
+def test_a_published_folder_of_volumes_without_run_json_is_taken_as_it_is(tested, call):
+    succeeded(call('coarse_testing.py', *training_args(tested)))
+    folder = tested / COARSE / 'FD0:ZJ3_1.pkl'
+    before = times(folder)
+    (folder / 'run.json').unlink()
+    assert 'unknown settings' in succeeded(call('coarse_testing.py', *training_args(tested))).out
+    assert times(folder) == before
+
+
+# --- stopping early ------------------------------------------------------------------------------------------------
+
+
+def test_stop_DSC_ends_a_case_where_two_rounds_agree_and_its_last_score_goes_on(tested, call):
+    args = coarse2fine_args(tested)
+    succeeded(call('coarse2fine_testing.py', *args))
+    full = lines(tested / FINE)
+    succeeded(call('coarse2fine_testing.py', *args, '--stop_DSC', 0.01))
+    text = lines(tested / FINE)
+    assert text[:5] == full[:5]  # round 1 agrees with round 0 by more than 0.01
+    assert text[5] == '  Testcase 2:'
+    round_1, round_2 = (next(line for line in text if line.startswith(f'Round {r}, ')) for r in (1, 2))
+    assert round_1.split('=')[1] == round_2.split('=')[1]
+    assert sorted(path.name for path in (tested / FINE / 'volumes').iterdir()) == [
+        'R0_1.npz', 'R0_2.npz', 'R1_1.npz', 'R1_2.npz',
+    ]  # fmt: skip
