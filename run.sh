@@ -10,6 +10,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${ENABLE_DICOM2NPY:=0}"              # DICOM series in RAW_PATH -> images/
 : "${ENABLE_NII2NPY:=0}"                # NIfTI labels (and images) in RAW_PATH -> labels/ (and images/)
 : "${ENABLE_INITIALIZATION:=0}"         # slices and lists; once for a data set
+: "${ENABLE_CHECK_DATA:=$ENABLE_INITIALIZATION}"  # looks over the data; DATA_PATH/check_data.png shows every case
 : "${ENABLE_PRETRAINING:=0}"            # an FCN-8s to start from; once for a fold
 : "${ENABLE_TRAINING:=0}"
 : "${ENABLE_COARSE_TESTING:=0}"
@@ -119,6 +120,7 @@ fi
 : "${COARSE2FINE_TESTING_GPU:=$CURRENT_GPU}"
 : "${FINE_FUSION_THRESHOLD:=0.5}"
 : "${MAX_ROUNDS:=10}"
+: "${WRITE_NIFTI:=0}"                   # 1: write the final predictions as .nii.gz, too, to open over their scan
 : "${STOP_DSC:=}"                       # end a case where two rounds agree so (0.99); empty: all rounds, as published
 : "${COARSE2FINE_TIMESTAMP1_X:=$TRAINING_TIMESTAMP}"
 : "${COARSE2FINE_TIMESTAMP1_Y:=$TRAINING_TIMESTAMP}"
@@ -179,6 +181,8 @@ RATES=("$LEARNING_RATE1" "$LEARNING_RATE_M1" "$LEARNING_RATE2" "$LEARNING_RATE_M
 EPOCHS=("$TRAINING_EPOCH_S" "$TRAINING_EPOCH_I" "$TRAINING_EPOCH_J" "$LR_DECAY_EPOCH_J_STEP")
 SAMPLING=("$TRAINING_PROB" "$TRAINING_SAMPLE_BATCH")
 SEEDED=(${SEED:+--seed "$SEED"})
+NIFTI=()
+[[ $WRITE_NIFTI != 1 ]] || NIFTI=(--nifti)
 
 if [[ $DEMO == 1 ]]; then
   STAGE='making the phantom'
@@ -205,6 +209,9 @@ convert "$ENABLE_NII2NPY" nii2npy.py --orientation "$LABEL_ORIENTATION"
 
 if stage "$ENABLE_INITIALIZATION" initialization; then
   run OrganSegRSTN/init.py "$DATA_PATH" "$ORGAN_NUMBER" "$FOLDS" "$LOW_RANGE" "$HIGH_RANGE"
+fi
+if stage "$ENABLE_CHECK_DATA" 'a look at the data'; then
+  run OrganSegRSTN/check_data.py "$DATA_PATH" "$ORGAN_NUMBER" "$LOW_RANGE" "$HIGH_RANGE"
 fi
 
 #### Pretraining: lazy mode keeps what it finds in models/pretrained
@@ -243,13 +250,14 @@ test_planes() {  # test_planes KIND PLANES GPU TIMESTAMP1 TIMESTAMP2
   for plane in $(planes "$2"); do
     STAGE="$1 testing of fold $fold, organ $organ, plane $plane"
     run "OrganSegRSTN/$1_testing.py" "${ARGUMENTS[@]}" "$plane" "$3" "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" \
-      "$4" "$5"
+      "$4" "$5" ${NIFTI[@]+"${NIFTI[@]}"}
   done
 }
 
 fuse() {  # fuse KIND THRESHOLD TIMESTAMP1_X TIMESTAMP1_Y TIMESTAMP1_Z
   STAGE="$1 fusion of fold $fold, organ $organ"
-  run "OrganSegRSTN/$1_fusion.py" "${ARGUMENTS[@]}" "$CURRENT_GPU" "${RATES[@]}" "${EPOCHS[@]}" "${@:2}"
+  run "OrganSegRSTN/$1_fusion.py" "${ARGUMENTS[@]}" "$CURRENT_GPU" "${RATES[@]}" "${EPOCHS[@]}" "${@:2}" \
+    ${NIFTI[@]+"${NIFTI[@]}"}
 }
 
 if stage "$ENABLE_COARSE_TESTING" 'coarse testing'; then
@@ -274,7 +282,7 @@ coarse2fine() {
   run OrganSegRSTN/coarse2fine_testing.py "${ARGUMENTS[@]}" "$COARSE2FINE_TESTING_GPU" "${RATES[@]}" "${EPOCHS[@]}" \
     "$COARSE_FUSION_THRESHOLD" "$FINE_FUSION_THRESHOLD" "$MAX_ROUNDS" \
     "$COARSE2FINE_TIMESTAMP1_X" "$COARSE2FINE_TIMESTAMP1_Y" "$COARSE2FINE_TIMESTAMP1_Z" \
-    ${STOP_DSC:+--stop_DSC "$STOP_DSC"}
+    ${STOP_DSC:+--stop_DSC "$STOP_DSC"} ${NIFTI[@]+"${NIFTI[@]}"}
 }
 if stage "$ENABLE_COARSE2FINE_TESTING" 'coarse-to-fine testing'; then
   each "$COARSE2FINE_TESTING_ORGAN_ID" coarse2fine

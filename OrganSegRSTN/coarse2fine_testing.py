@@ -11,6 +11,7 @@ import numpy as np
 
 import arguments
 from model import pick_device
+from nifti import add_option, export
 from results import Results, prepare_folder
 from testing import PlaneTester, coarse_probability, fine_rounds, run_settings, stored, to_bytes
 from utils import (
@@ -31,6 +32,7 @@ def main():
     made = arguments.parser(__doc__, arguments.COARSE2FINE, arguments.FUSION_OPTIONAL)
     made.add_argument('--stop_DSC', type=arguments.number(0, 1), metavar='DSC',
                       help='end a case at the first round whose inter-iteration DSC reaches it (default: all rounds)')  # fmt: skip
+    add_option(made)
     args = arguments.parse(made)
     device = pick_device(args.GPU_ID)
     snapshots = [find_snapshot(args, plane, getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
@@ -56,6 +58,7 @@ def main():
                 masks = rounds(args, case, number, coarse, fine)
                 for r, mask in enumerate(masks):
                     save_volume(folder / 'volumes' / f'R{r}_{number}.npz', mask)
+            export(args, folder / 'volumes' / f'R{len(masks) - 1}_{number}.npz', masks[-1], case)
             cases.append(report_rounds(results, label, masks))
             print(f'    {case.image_file}: {time.time() - start:.1f} s', flush=True)
         report_averages(results, cases, args.max_rounds)

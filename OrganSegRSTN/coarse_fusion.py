@@ -4,11 +4,13 @@ Reads the volumes of coarse_testing.py on X, Y and Z; writes results/coarse_test
 """
 
 import arguments
+import nifti
 from fusion import fuse
 
 
 def main():
     made = arguments.parser(__doc__, arguments.FUSION, arguments.FUSION_OPTIONAL)
+    nifti.add_option(made)
     fuse(arguments.parse(made), 'coarse')
 
 

@@ -4,11 +4,13 @@ Reads the snapshot of mode J; writes results/coarse_testing_*/SNAPSHOT/results.t
 """
 
 import arguments
+import nifti
 from testing import test_plane
 
 
 def main():
     made = arguments.parser(__doc__, arguments.TESTING, arguments.TESTING_OPTIONAL)
+    nifti.add_option(made)
     test_plane(arguments.parse(made), 'coarse', 'C')
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from nifti import export
 from results import Results, prepare_folder, read_settings
 from utils import (
     PLANES,
@@ -36,6 +37,7 @@ def fuse(args, stage):
             label = case.label(args.data_path, args.organ_ID)
             files = [source / 'volumes' / f'{epoch}_{number}.npz' for source in sources]
             masks = stored_fusion(folder / 'volumes', number, files, label.shape, args)
+            export(args, folder / 'volumes' / f'F2P_{number}.npz', masks['F2P'], case)
             for fusion in FUSIONS:
                 score = DSC_computation(label, masks[fusion])
                 results(f'    DSC_{fusion} = {score} .')

@@ -4,11 +4,13 @@ Reads the volumes of oracle_testing.py on X, Y and Z; writes results/oracle_test
 """
 
 import arguments
+import nifti
 from fusion import fuse
 
 
 def main():
     made = arguments.parser(__doc__, arguments.FUSION, arguments.FUSION_OPTIONAL)
+    nifti.add_option(made)
     fuse(arguments.parse(made), 'oracle')
 
 

@@ -4,11 +4,13 @@ Reads the snapshot of mode J and the labels; writes results/oracle_testing_*/SNA
 """
 
 import arguments
+import nifti
 from testing import test_plane
 
 
 def main():
     made = arguments.parser(__doc__, arguments.TESTING, arguments.TESTING_OPTIONAL)
+    nifti.add_option(made)
     test_plane(arguments.parse(made), 'oracle', 'O')
 
 

@@ -62,6 +62,7 @@ def prepare_folder(folder, settings):
             print(f'{folder}: {len(volumes)} volumes made with other settings are made again ({"; ".join(differing)})')
         for volume in volumes:
             volume.unlink()
+            volume.with_suffix('.nii.gz').unlink(missing_ok=True)
     if former is None or differing:
         with whole_file(path, 'w') as file:
             json.dump(settings, file, indent=1)

@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from model import load_RSTN, pick_device
+from nifti import export
 from results import Results, checksum, prepare_folder
 from slices import SliceAverage, plane_view, slice_window
 from utils import (
@@ -104,11 +105,11 @@ def test_plane(args, stage, TEST):
             start = time.time()
             image, label = case.image(args.data_path), case.label(args.data_path, args.organ_ID)
             volumes = {'label': label} if TEST == 'O' else {}
+            file = folder / 'volumes' / f'{epoch}_{number}.npz'
             volume = stored(
-                folder / 'volumes' / f'{epoch}_{number}.npz',
-                image.shape,
-                lambda image=image, volumes=volumes: to_bytes(tester.predict(image, **volumes)),
+                file, image.shape, lambda image=image, volumes=volumes: to_bytes(tester.predict(image, **volumes))
             )
+            export(args, file, volume >= 128, case)
             scores.append(DSC_computation(label, volume >= 128))
             results(f'  Testcase {number}: DSC = {scores[-1]} .')
             print(f'    {case.image_file}: {time.time() - start:.1f} s', flush=True)

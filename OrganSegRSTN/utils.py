@@ -167,11 +167,11 @@ def load_volume(path, shape):
             volume = file['volume']
         if volume.shape == tuple(shape):
             return volume
-        print(f'{path}: shape {volume.shape} instead of {tuple(shape)}; not used')
+        print(f'{path}: shape {volume.shape} instead of {tuple(shape)}; made again where it can be')
     except FileNotFoundError:
         pass
     except Exception as error:  # zlib, zip and numpy each have their own errors for a broken file
-        print(f'{path}: not readable ({error}); not used')
+        print(f'{path}: not readable ({error}); made again where it can be')
     return None
 
 

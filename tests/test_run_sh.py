@@ -16,7 +16,7 @@ import pytest
 from conftest import REPO
 
 STAGES = [
-    'conversion (dicom2npy.py)', 'conversion (nii2npy.py)', 'initialization', 'pretraining', 'training',
+    'conversion (dicom2npy.py)', 'conversion (nii2npy.py)', 'initialization', 'a look at the data', 'pretraining', 'training',
     'coarse testing', 'coarse fusion', 'oracle testing', 'oracle fusion', 'coarse-to-fine testing', 'report',
 ]  # fmt: skip
 TINY = {'PRETRAINING_WIDTH': '4', 'PRETRAINING_EPOCHS': '1', 'TRAINING_EPOCH_S': '1', 'TRAINING_EPOCH_I': '1',
@@ -142,7 +142,7 @@ def test_a_dry_run_of_lazy_mode_prints_commands_that_the_scripts_understand_and_
     found = commands(done.stdout)
     three = ['X', 'Y', 'Z']
     assert [script.split('/')[1] for script, _ in found] == [
-        'make_phantom.py', 'dicom2npy.py', 'nii2npy.py', 'init.py', 'pretrain.py', *['training.py'] * 3,
+        'make_phantom.py', 'dicom2npy.py', 'nii2npy.py', 'init.py', 'check_data.py', 'pretrain.py', *['training.py'] * 3,
         *['coarse_testing.py'] * 3, 'coarse_fusion.py', *['oracle_testing.py'] * 3, 'oracle_fusion.py',
         'coarse2fine_testing.py', 'report.py',
     ]  # fmt: skip
@@ -224,3 +224,11 @@ def test_ctrl_c_in_training_keeps_snapshot_and_log_and_runs_nothing_more(lazy, d
 def test_run_sh_and_setup_are_valid_shell():
     for script in ('run.sh', 'setup.sh', 'tests/run.sh', '.ci/run'):
         subprocess.run(['bash', '-n', REPO / script], check=True)
+
+
+def test_fold_A_and_several_organs_are_all_folds_of_each(tmp_path, parsed):
+    done = run_sh(DRY_RUN=1, ENABLE_COARSE2FINE_TESTING=1, DATA_PATH=tmp_path, CURRENT_FOLD='A', FOLDS=2,
+                  CURRENT_ORGAN_ID='1 3', ORGAN_NUMBER=3, STOP_DSC='0.99')  # fmt: skip
+    found = [parsed(*command) for command in commands(done.stdout)]
+    assert [(args.current_fold, args.organ_ID) for args in found] == [(0, 1), (0, 3), (1, 1), (1, 3)]
+    assert {(args.GPU_ID, args.stop_DSC) for args in found} == {('0', 0.99)}

@@ -1,0 +1,401 @@
+"""predict.py: a mask for a new scan, on its own grid however that lies, and every bad input with its line."""
+
+import functools
+import itertools
+import json
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import coarse2fine_args, run_script, tiny_weights
+from test_conversion import make_slices, write_slices
+
+import predict
+from testing import coarse_probability
+from utils import load_volume
+
+PLI = np.array(
+    [[0, -2.0, 0, 30], [-3.0, 0, 0, 40], [0, 0, -5.0, 100], [0, 0, 0, 1]]
+)  # axis 0 to the back, 1 left, 2 down
+TURNS = [(axes, flips) for axes in itertools.permutations(range(3)) for flips in itertools.product((1, -1), repeat=3)]
+
+
+def make_scan(seed=0):
+    """(image int16 HU, organ bool), both (9, 8, 6) lying PLI: a bright box off the centre of a soft body in air."""
+    organ = np.zeros((9, 8, 6), bool)
+    organ[2:5, 2:4, 2:5] = True
+    body = np.pad(np.ones((7, 6, 6), bool), ((1, 1), (1, 1), (0, 0)))
+    noise = np.random.default_rng(seed).normal(0, 15, organ.shape)
+    return np.rint(np.where(organ, 180.0, np.where(body, -60.0, -900.0)) + noise).astype(np.int16), organ
+
+
+def turned(array, axes, flips):
+    """The array with its axes in another order and some of them run backwards."""
+    return array.transpose(axes)[tuple(slice(None, None, flip) for flip in flips)]
+
+
+def turned_affine(affine, shape, axes, flips):
+    """Affine of the turned array of an array of this shape: the same voxels at the same places."""
+    index = np.eye(4)  # index of the turned array -> index of the array
+    for new, (old, flip) in enumerate(zip(axes, flips)):
+        index[old, [0, 1, 2]] = 0
+        index[old, new] = flip
+        index[old, 3] = 0 if flip == 1 else shape[old] - 1
+    return affine @ index
+
+
+def write(path, array, affine=PLI, code=1):
+    image = nib.Nifti1Image(array, affine)
+    image.set_sform(image.affine, code)
+    image.set_qform(image.affine, code)
+    nib.save(image, path)
+    return path
+
+
+def mask_of(path):
+    return np.asarray(nib.load(path).dataobj)
+
+
+def save_snapshots(folder, **changes):
+    """Untimestamped snapshots of the three planes; -> their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for plane in 'XYZ':
+        torch.save(tiny_weights(**changes), folder / f'FD0:{plane}J3_1.pkl')
+    return [str(folder / f'FD0:{plane}J3_1.pkl') for plane in 'XYZ']
+
+
+@pytest.fixture(scope='module')
+def snapshots(tmp_path_factory):
+    """Snapshots of a network that segments what is bright; their folder's name has a comma and tells margin 4."""
+    return save_snapshots(tmp_path_factory.mktemp('data') / 'models/snapshots/SIJ_training_1e-5x10,4')
+
+
+LOADED = functools.cache(predict.load_RSTN)
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch):
+    """Each network is loaded once for all tests in this process, which is most of their time."""
+    monkeypatch.setattr(predict, 'load_RSTN', LOADED)
+
+
+@pytest.fixture
+def scan(tmp_path):
+    """scan.nii.gz, lying PLI, and its image."""
+    return write(tmp_path / 'scan.nii.gz', make_scan()[0])
+
+
+def predicted(*arguments):
+    """Run predict.py on the CPU, within this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['predict.py', *map(str, arguments), '--GPU_ID', 'cpu'])
+        predict.main()
+
+
+# --- the grid ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def canonical(snapshots, tmp_path_factory):
+    """Mask and probability of the scan that lies as in training."""
+    folder = tmp_path_factory.mktemp('canonical')
+    image, organ = make_scan()
+    write(folder / 'scan.nii', image)
+    predicted(folder / 'scan.nii', folder / 'mask.nii', *snapshots, '--rounds', 1, '--probability', folder / 'p.nii')
+    mask, probability = mask_of(folder / 'mask.nii'), mask_of(folder / 'p.nii')
+    assert mask[organ].all() and mask.mean() < 0.5, 'the organ is found'
+    assert all((turned(mask, (0, 1, 2), flips) != mask).any() for _, flips in TURNS[1:8]), 'a mask that tells its sides'
+    return mask, probability
+
+
+@pytest.mark.parametrize(('axes', 'flips'), TURNS)
+def test_the_mask_lies_on_the_same_voxels_however_the_scan_lies(axes, flips, canonical, snapshots, tmp_path):
+    image, _ = make_scan()
+    affine = turned_affine(PLI, image.shape, axes, flips)
+    write(tmp_path / 'scan.nii', turned(image, axes, flips), affine)
+    output, p = tmp_path / 'mask.nii.gz', tmp_path / 'p.nii.gz'
+    predicted(tmp_path / 'scan.nii', output, *snapshots, '--rounds', 1, '--probability', p)
+
+    mask, probability = canonical
+    np.testing.assert_array_equal(mask_of(output), turned(mask, axes, flips))
+    np.testing.assert_array_equal(mask_of(p), turned(probability, axes, flips))
+    for path, kind in ((output, np.uint8), (p, np.float32)):
+        np.testing.assert_array_equal(nib.load(path).affine, nib.load(tmp_path / 'scan.nii').affine)
+        assert nib.load(path).get_data_dtype() == kind
+
+
+@pytest.mark.parametrize(('sform', 'qform'), [(1, 1), (2, 0), (0, 1), (0, 0), (4, 1)])
+def test_codes_and_both_forms_of_the_affine_are_kept(sform, qform, scan, snapshots, tmp_path):
+    image = nib.load(scan)
+    image.set_sform(PLI, sform)
+    image.set_qform(PLI, qform)
+    nib.save(image, tmp_path / 'coded.nii')
+    predicted(tmp_path / 'coded.nii', tmp_path / 'mask.nii', *snapshots, '--rounds', 0)
+    before, after = nib.load(tmp_path / 'coded.nii').header, nib.load(tmp_path / 'mask.nii').header
+    for field in ('dim', 'pixdim', 'sform_code', 'qform_code', 'srow_x', 'srow_z', 'quatern_b', 'qoffset_y'):
+        np.testing.assert_array_equal(after[field], before[field], err_msg=field)
+
+
+def test_a_DICOM_folder_gives_the_mask_of_the_same_scan_in_NIfTI(scan, snapshots, tmp_path, capsys):
+    image, _ = make_scan()
+    write_slices(tmp_path / 'study/series', make_slices(image, spacing=(3.0, 2.0, 5.0)))
+    predicted(tmp_path / 'study', tmp_path / 'dicom.nii.gz', *snapshots)
+    predicted(scan, tmp_path / 'nifti.nii.gz', *snapshots)
+
+    mask = mask_of(tmp_path / 'dicom.nii.gz')
+    assert mask.shape == (8, 9, 6), 'columns, rows, slices, as NIfTI has it'
+    np.testing.assert_array_equal(mask, mask_of(tmp_path / 'nifti.nii.gz').transpose(1, 0, 2))
+    assert nib.aff2axcodes(nib.load(tmp_path / 'dicom.nii.gz').affine) == ('L', 'P', 'I')
+    assert nib.affines.voxel_sizes(nib.load(tmp_path / 'dicom.nii.gz').affine) == pytest.approx([2, 3, 5])
+    assert 'warning' not in capsys.readouterr().out
+
+
+# --- how training arrays lie ---------------------------------------------------------------------------------------
+
+
+def write_geometry(path, affine, holds='position'):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({'affine': affine.tolist(), 'holds': holds, 'source': 'x', 'type': 'NIfTI'}))
+    return path
+
+
+def orientation_of(told, snapshot, capsys):
+    codes = predict.training_orientation(told, snapshot)
+    return codes, capsys.readouterr().out
+
+
+def test_training_arrays_are_taken_to_lie_as_NIHs_unless_something_tells(tmp_path, capsys):
+    snapshot = tmp_path / 'models/snapshots/SIJ_training_1e-5x10,20/FD0:XJ3_1.pkl'
+    assert orientation_of(None, snapshot, capsys)[0] == 'PLI'
+    assert orientation_of('RAS', snapshot, capsys)[0] == 'RAS'
+    like = write_geometry(tmp_path / 'like.json', np.diag([1, -2, 3, 1.0]) + np.eye(4, k=3))
+    assert orientation_of(str(like), snapshot, capsys) == ('RPS', f'training arrays: RPS (as {like} says)\n')
+
+    for case in ('a', 'b'):  # the data folder that the snapshot lies in
+        write_geometry(tmp_path / f'geometry/{case}.json', np.diag([-1, -2, 3, 1.0]) + np.eye(4, k=3))
+    write_geometry(tmp_path / 'geometry/c.json', np.diag([-1, -2, 3, 1.0]), 'spacing')
+    codes, said = orientation_of(None, snapshot, capsys)
+    assert codes == 'LPS' and 'as 2 of 3 cases in' in said
+    assert orientation_of(None, tmp_path / 'other/place/SIJ_training_1e-5x10,20/FD0:XJ3_1.pkl', capsys)[0] == 'PLI'
+    assert orientation_of(None, predict.Path('/x.pkl'), capsys)[0] == 'PLI'
+    with pytest.raises(FileNotFoundError, match='no such geometry'):
+        predict.training_orientation(str(tmp_path / 'none.json'), snapshot)
+
+
+def test_networks_of_another_orientation_see_the_scan_their_way(canonical, snapshots, tmp_path):
+    image, _ = make_scan()
+    write(tmp_path / 'ras.nii', turned(image, (1, 0, 2), (-1, -1, -1)), np.diag([2, 3, 5, 1.0]) + np.eye(4, k=3))
+    predicted(tmp_path / 'ras.nii', tmp_path / 'pli.nii', *snapshots, '--rounds', 1, '--orientation', 'PLI')
+    np.testing.assert_array_equal(mask_of(tmp_path / 'pli.nii'), turned(canonical[0], (1, 0, 2), (-1, -1, -1)))
+    predicted(tmp_path / 'ras.nii', tmp_path / 'ars.nii', *snapshots, '--rounds', 1, '--orientation', 'ARS')
+    assert (mask_of(tmp_path / 'ars.nii') != mask_of(tmp_path / 'pli.nii')).any(), 'the network sees another image'
+    predicted(tmp_path / 'ras.nii', tmp_path / 'stored.nii', *snapshots, '--rounds', 1, '--orientation', 'stored')
+    np.testing.assert_array_equal(mask_of(tmp_path / 'stored.nii'), mask_of(tmp_path / 'ars.nii'))
+
+
+@pytest.mark.parametrize(('affine', 'code'), [(PLI, 0), (np.eye(4), 1), (np.diag([2, 2, 5, 1]), 2)])
+def test_a_scan_that_does_not_tell_how_it_lies_is_seen_as_conversion_stores_it(
+    affine, code, canonical, snapshots, tmp_path, capsys
+):
+    image, _ = make_scan()
+    write(tmp_path / 'scan.nii', image.transpose(1, 0, 2), affine, code)
+    predicted(tmp_path / 'scan.nii', tmp_path / 'mask.nii', *snapshots, '--rounds', 1)
+    np.testing.assert_array_equal(mask_of(tmp_path / 'mask.nii'), canonical[0].transpose(1, 0, 2))
+    said = capsys.readouterr().out
+    assert 'does not say how it lies: its axes are taken as conversion stores them, transpose(1, 0, 2)' in said
+    assert ('of unknown size' in said) == (code == 0)
+
+
+# --- the method ----------------------------------------------------------------------------------------------------
+
+
+def test_as_a_user_runs_it_and_the_same_mask_as_coarse2fine_testing(tested, call):
+    """Case 1 of the tiny data: its last round is what predict.py gives for its image; margin 4 is the folder's."""
+    assert call('coarse2fine_testing.py', *coarse2fine_args(tested, rounds=2)).code == 0
+    image = np.load(tested / 'images/0001.npy')
+    write(tested / 'scan.nii.gz', image, turned_affine(PLI, image.shape, (0, 1, 2), (1, 1, 1)))
+    scan, output = tested / 'scan.nii.gz', tested / 'mask.nii.gz'
+    names = sorted(map(str, (tested / 'models/snapshots').glob('*/*.pkl')))
+    done = run_script('predict.py', scan, output, *names, '--rounds', 2, '--stop_DSC', 1)
+
+    assert done.code == 0, done.err
+    mask = mask_of(output)
+    stored = next((tested / 'results').glob('coarse2fine*/*/volumes/R2_1.npz'))
+    np.testing.assert_array_equal(mask, load_volume(stored, image.shape))
+    lines = done.out.splitlines()
+    assert lines[0].startswith('device: CPU')
+    assert [line for line in lines if line.startswith('round 2: ') and 'inter-iteration DSC = ' in line]
+    assert 'rounds used: 2' in lines
+    assert f'volume: {mask.sum()} voxels, {mask.sum() * 0.03:.1f} ml' in lines
+    assert lines[-1] == f'written: {output}'
+
+    predicted(scan, output, *names, '--rounds', 0, '--probability', tested / 'p.nii.gz')
+    coarse = sorted((tested / 'results').glob('coarse_testing*/*/volumes/e1111_1.npz'))
+    coarse = coarse_probability([load_volume(file, image.shape) for file in coarse])
+    np.testing.assert_array_equal(mask_of(tested / 'p.nii.gz'), coarse)
+
+
+def test_rounds_end_when_two_agree(scan, snapshots, tmp_path, capsys):
+    predicted(scan, tmp_path / 'mask.nii', *snapshots, '--stop_DSC', 0.1)
+    assert 'rounds used: 1\n' in capsys.readouterr().out
+    predicted(scan, tmp_path / 'mask.nii', *snapshots, '--rounds', 0)
+    assert 'rounds used: 0\n' in capsys.readouterr().out
+
+
+def test_several_snapshots_of_a_plane_are_averaged(scan, snapshots, tmp_path):
+    others = save_snapshots(tmp_path / 'SIJ_training_1e-5x10,4', seed=8)
+    probabilities = []
+    for one in (snapshots, others, [','.join(pair) for pair in zip(snapshots, others)]):
+        predicted(scan, tmp_path / 'm.nii', *one, '--rounds', 0, '--probability', tmp_path / 'p.nii', '--margin', 4)
+        probabilities.append(mask_of(tmp_path / 'p.nii'))
+    np.testing.assert_allclose(probabilities[2], (probabilities[0] + probabilities[1]) / 2, atol=1 / 255)
+    assert np.abs(probabilities[0] - probabilities[1]).max() > 0.05
+    predicted(scan, tmp_path / 'm.nii', *[','.join([one, one]) for one in snapshots], '--rounds', 1)
+    predicted(scan, tmp_path / 'n.nii', *snapshots, '--rounds', 1)
+    np.testing.assert_array_equal(mask_of(tmp_path / 'm.nii'), mask_of(tmp_path / 'n.nii'))
+
+
+def test_networks_are_dropped_when_they_are_not_needed(snapshots):
+    image = make_scan()[0]
+    one = predict.Look([[path] for path in snapshots], 3, 4, (-100, 240), torch.device('cpu'))
+    mask = one.coarse(image) >= 0.5
+    assert not one.kept
+    one.predict(image, one.probability, mask.astype(np.uint8))
+    assert len(one.kept) == 3, 'the fine networks stay for the next round'
+    two = predict.Look([[path, path] for path in snapshots], 3, 4, (-100, 240), torch.device('cpu'))
+    two.coarse(image)
+    two.predict(image, two.probability, mask.astype(np.uint8))
+    assert not two.kept
+
+
+def test_nothing_found_is_an_empty_mask_and_a_warning(snapshots, tmp_path, call):
+    write(tmp_path / 'air.nii.gz', np.full((6, 5, 4), -900, np.int16))
+    done = call('predict.py', tmp_path / 'air.nii.gz', tmp_path / 'mask.nii.gz', *snapshots)
+    assert done.code == 0, done.err
+    assert 'warning: nothing found, the mask is empty' in done.out and 'rounds used: 0' in done.out
+    assert not mask_of(tmp_path / 'mask.nii.gz').any()
+
+
+# --- warnings and bad inputs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('change', 'warning'),
+    [
+        (
+            lambda image: image + 1024,
+            'no value below -200 HU, not even air: another modality, clipped, or without its intercept (-1024)',
+        ),
+        (lambda image: image.clip(0, 150), 'values from 0 to 150: a picture of 8 bit, not HU'),
+        (lambda image: image.clip(-150, 300), 'no value below -200 HU, not even air'),
+        (lambda image: image - 3000, '100.0% of its voxels lie outside the intensity window, -100 to 240'),
+    ],
+)
+def test_another_modality_or_range_is_warned_about(change, warning, snapshots, tmp_path, call):
+    write(tmp_path / 'odd.nii', change(make_scan()[0]).astype(np.int16))
+    done = call('predict.py', tmp_path / 'odd.nii', tmp_path / 'mask.nii', *snapshots, '--rounds', 0)
+    assert done.code == 0 and f'warning: {warning}' in done.out
+
+
+def test_DICOM_of_another_modality_is_warned_about(snapshots, tmp_path, call):
+    write_slices(tmp_path / 'mr', make_slices(make_scan()[0], Modality='MR'))
+    done = call('predict.py', tmp_path / 'mr', tmp_path / 'mask.nii', *snapshots, '--rounds', 0)
+    assert done.code == 0 and 'its modality is MR, not CT' in done.out
+
+
+def test_a_snapshot_of_an_earlier_mode_is_warned_about(scan, snapshots, tmp_path, call):
+    torch.save(tiny_weights(), tmp_path / 'FD0:XI3_1.pkl')
+    done = call('predict.py', scan, tmp_path / 'm.nii', tmp_path / 'FD0:XI3_1.pkl', *snapshots[1:], '--rounds', 0)
+    assert done.code == 0 and 'warning: FD0:XI3_1.pkl is of mode I; the training ends with mode J' in done.out
+
+
+def refused(done, *words):
+    """It ended with exit code 1 and one line that holds the words."""
+    assert done.code == 1, done.out + done.err
+    error = done.err.splitlines()
+    assert len(error) == 1 and error[0].startswith('predict.py: error: ')
+    for word in words:
+        assert word in error[0]
+
+
+@pytest.mark.parametrize('shape', [(6, 5), (6, 5, 4, 2), (6, 5, 4, 1)])
+def test_a_volume_of_2_or_4_axes_is_refused(shape, snapshots, tmp_path, call):
+    path = write(tmp_path / 'flat.nii', np.zeros(shape, np.int16))
+    refused(call('predict.py', path, tmp_path / 'm.nii', *snapshots), 'flat.nii', 'one 3D volume is expected')
+    assert not (tmp_path / 'm.nii').exists()
+
+
+def test_an_input_that_is_no_scan_is_refused(snapshots, tmp_path, call):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'scan.txt').write_text('text')
+    (tmp_path / 'text.nii').write_text('text')
+    for name, words in {
+        'missing.nii.gz': 'no such file',
+        'empty': 'no folders with DICOM slices',
+        'scan.txt': 'neither a NIfTI file (.nii, .nii.gz) nor a folder',
+        'text.nii': 'not a readable NIfTI file',
+    }.items():
+        refused(call('predict.py', tmp_path / name, tmp_path / 'm.nii', *snapshots), name, words)
+    for series in ('one', 'two'):
+        write_slices(tmp_path / 'study' / series, make_slices(make_scan()[0]))
+    refused(call('predict.py', tmp_path / 'study', tmp_path / 'm.nii', *snapshots), '2 folders with DICOM slices')
+
+
+def test_outputs_that_cannot_be_meant_are_refused(scan, snapshots, tmp_path, call):
+    refused(call('predict.py', scan, tmp_path / 'mask.npz', *snapshots), 'mask.npz', '.nii.gz or .nii')
+    before = scan.read_bytes()
+    refused(call('predict.py', scan, scan, *snapshots), 'must be different files')
+    assert scan.read_bytes() == before
+    mask = tmp_path / 'm.nii'
+    refused(call('predict.py', scan, mask, *snapshots, '--probability', mask), 'must be different files')
+
+
+def test_snapshots_that_do_not_belong_together_are_refused(scan, snapshots, tmp_path, call):
+    x, y, z = snapshots
+    torch.save(tiny_weights(width=5), wide := tmp_path / 'FD0:YJ3_1.pkl')
+    torch.save(tiny_weights(), other := tmp_path / 'FD0:ZJ3_2_20261123_000000.pkl')
+    thin = tiny_weights()
+    thin['saliency1.weight'] = thin['saliency1.weight'][:1]
+    torch.save(thin, one := tmp_path / 'FD0:ZJ1_1.pkl')
+    for paths, words in (
+        ((x, wide, z), ['YJ3_1.pkl: of width 5', 'XJ3_1.pkl is of width 4']),
+        ((x, y, other), ['ZJ3_2_20261123_000000.pkl: of organ 2', 'is of organ 1']),
+        ((x, y, one), ['ZJ1_1.pkl: of thickness 1', 'is of thickness 3']),
+        ((x, y, f'{z},{other}'), ['of organ 2']),
+    ):
+        refused(call('predict.py', scan, tmp_path / 'm.nii', *paths), *words)
+
+
+def test_a_snapshot_of_another_plane_is_refused_unless_forced(scan, snapshots, tmp_path, call):
+    x, y, z = snapshots
+    swapped = [scan, tmp_path / 'm.nii', y, x, z, '--rounds', 0]
+    refused(call('predict.py', *swapped), 'a snapshot of plane Y where that of plane X belongs')
+    assert call('predict.py', *swapped, '--force').code == 0
+
+
+def test_a_file_that_is_no_snapshot_is_refused(scan, snapshots, tmp_path, call):
+    x, y, _ = snapshots
+    torch.save({'fc6.weight': torch.zeros(1)}, tmp_path / 'fcn.pth')
+    refused(call('predict.py', scan, tmp_path / 'm.nii', x, y, tmp_path / 'fcn.pth'), 'fcn.pth: not an RSTN snapshot')
+    refused(call('predict.py', scan, tmp_path / 'm.nii', x, y, tmp_path / 'none.pkl'), 'none.pkl', 'no such')
+
+
+def test_options_are_checked_before_any_work(scan, snapshots, tmp_path, call):
+    for options in (['--orientation', 'PLX'], ['--orientation', 'PAI'], ['--threshold', 2], ['--low_range', 300]):
+        assert call('predict.py', scan, tmp_path / 'm.nii', *snapshots, *options).code == 2
+    assert call('predict.py', scan).code == 2
+
+
+def test_a_comma_separates_snapshots_but_also_stands_in_folder_names():
+    assert predict.split_snapshots('a,20/FD0:XJ3_1.pkl,a,20/FD1:XJ3_1.pkl,x.pth') == [
+        predict.Path('a,20/FD0:XJ3_1.pkl'),
+        predict.Path('a,20/FD1:XJ3_1.pkl'),
+        predict.Path('x.pth'),
+    ]
+
+
+def test_the_margin_is_the_one_in_the_folders_name():
+    assert predict.find_margin(predict.Path('models/snapshots/SIJ_training_1e-4x10,10/FD0:XJ3_1.pkl')) == 10
+    assert predict.find_margin(predict.Path('elsewhere/FD0:XJ3_1.pkl')) == 20
