@@ -223,7 +223,10 @@ def test_thickness_1_runs_through_testing(data, call):
 def test_fusion_reads_the_planes_stored_volumes_and_its_own_again(tested, call):
     done = call('coarse_fusion.py', *fusion_args(tested))
     assert done.code == 1
-    assert 'FD0:XJ3_1.pkl/volumes/e1111_1.npz: no such volume; test this plane and fold first' in done.err
+    assert (
+        'FD0:XJ3_1.pkl/volumes/e1111_1.npz: no such volume, or not a whole one; test this plane and fold first'
+        in done.err
+    )
     for plane in 'XYZ':
         succeeded(call('coarse_testing.py', *training_args(tested, plane)))
     succeeded(call('coarse_fusion.py', *fusion_args(tested)))
