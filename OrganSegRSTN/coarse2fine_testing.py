@@ -44,8 +44,8 @@ def main():
     tested = read_cases(args.data_path, 'testing', args.current_fold)
     settings = run_settings(args, *snapshots)
     prepare_folder(folder, settings | {'stop_DSC': args.stop_DSC or 'none'})
-    for tester in coarse:
-        prepare_folder(coarse_folder(args, tester), run_settings(args, tester.path.name))
+    for tester, checksum in zip(coarse, settings['snapshots']):
+        prepare_folder(coarse_folder(args, tester), settings | {'snapshots': [checksum]})
     cases = []
     with Results(folder) as results:
         results('Fusing results of 1 snapshots:')

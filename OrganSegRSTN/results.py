@@ -1,6 +1,5 @@
 """results.txt and run.json of a result folder: what came out, and what it was made with."""
 
-import functools
 import hashlib
 import json
 import math
@@ -87,7 +86,6 @@ def read_settings(path):
         return None
 
 
-@functools.cache
 def checksum(path):
     """SHA-256 of a file, or None where it is gone."""
     digest = hashlib.sha256()
