@@ -34,8 +34,8 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${CURRENT_GPU:=${CURRENT_FOLD/A/0}}" # number of a CUDA device, or cpu
 
 #### DEMO SETTINGS ####################################################################################################
-# They serve the built-in phantom only: lazy mode makes it where DATA_PATH holds no images and no RAW_PATH is named.
-if [[ $LAZY_MODE == 1 && -z $RAW_PATH && (-e $DATA_PATH/phantom || -z $(compgen -G "$DATA_PATH/images/*.npy")) ]]; then
+# They serve the built-in phantom only, which lazy mode makes where DATA_PATH holds no images and no RAW_PATH is named.
+if [[ -z $RAW_PATH && (-e $DATA_PATH/phantom || ($LAZY_MODE == 1 && -z $(compgen -G "$DATA_PATH/images/*.npy")) ) ]]; then
   DEMO=1
   PHANTOM_CASES=16
   : "${ORGAN_NUMBER:=8}"
@@ -51,6 +51,7 @@ if [[ $LAZY_MODE == 1 && -z $RAW_PATH && (-e $DATA_PATH/phantom || -z $(compgen 
   : "${TRAINING_MARGIN:=10}"            # of voxels of 3.3 mm
   : "${MAX_ROUNDS:=3}"
   : "${SEED:=0}"
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"   # so narrow a network gains nothing from more
 else
   DEMO=0
 fi
@@ -151,6 +152,7 @@ run() {  # run SCRIPT ARGUMENT ...: one command of a stage, printed or run
 }
 
 stage() {  # stage SWITCH NAME: is it on? then say so
+  [[ $1 == [01] ]] || { echo "the switch of $2 is '$1', not 0 or 1" >&2; exit 2; }
   [[ $1 == 1 || $LAZY_MODE == 1 ]] || return 1
   STAGE=$2
   echo "#### $STAGE"
@@ -184,9 +186,16 @@ SEEDED=(${SEED:+--seed "$SEED"})
 NIFTI=()
 [[ $WRITE_NIFTI != 1 ]] || NIFTI=(--nifti)
 
+if [[ -n $RAW_PATH && -e $DATA_PATH/phantom ]]; then
+  echo "$DATA_PATH is the demo's folder: name another DATA_PATH for scans of your own" >&2
+  exit 2
+fi
 if [[ $DEMO == 1 ]]; then
+  echo "#### DEMO SETTINGS apply: $DATA_PATH is the phantom's"
+fi
+if [[ $DEMO == 1 && $LAZY_MODE == 1 ]]; then
   STAGE='making the phantom'
-  echo "#### $STAGE (no images in $DATA_PATH, no RAW_PATH): DEMO SETTINGS apply"
+  echo "#### $STAGE"
   RAW_PATH=$DATA_PATH/phantom
   run DATA2NPY/make_phantom.py "$RAW_PATH" --cases "$PHANTOM_CASES"
 fi

@@ -14,5 +14,3 @@ if [[ -z ${PYTHON:-} ]]; then
     echo "$wanted" >"$HERE/.venv/ready"
   fi
 fi
-# Threads that wait for work sleep instead of spinning: several times faster where other processes share the cores.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}

@@ -13,7 +13,7 @@ import arguments
 from model import pick_device
 from nifti import add_option, export
 from results import Results, prepare_folder
-from testing import PlaneTester, coarse_probability, fine_rounds, run_settings, stored, to_bytes
+from testing import PlaneTester, coarse_probability, fine_rounds, require_snapshots, run_settings, stored, to_bytes
 from utils import (
     PLANES,
     DSC_computation,
@@ -42,7 +42,8 @@ def main():
     )
     folder = results_folder(args, 'coarse2fine', folder_name(args, snapshots))
     tested = read_cases(args.data_path, 'testing', args.current_fold)
-    settings = run_settings(args, *snapshots)
+    require_snapshots(fine, [folder / 'volumes' / f'R0_{number}.npz' for number in range(1, len(tested) + 1)])
+    settings = run_settings(args, tested, snapshots)
     prepare_folder(folder, settings | {'stop_DSC': args.stop_DSC or 'none'})
     for tester, checksum in zip(coarse, settings['snapshots']):
         prepare_folder(coarse_folder(args, tester), settings | {'snapshots': [checksum]})

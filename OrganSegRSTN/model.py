@@ -238,10 +238,7 @@ def load_weights(path):
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f'{path}: no such weights; train them first, or look whether fold, plane, organ, rates, margin and timestamp '
-            'are those of the training'
-        ) from None
+        raise missing_weights(path) from None
     except pickle.UnpicklingError as error:
         reason = str(error).split('\n')[0]
         raise ValueError(f'{path}: refused, since it is not plain weights or is broken ({reason})') from None
@@ -257,6 +254,14 @@ def load_weights(path):
     for key in [key for key in state if key.startswith('module.')]:
         state[key.removeprefix('module.')] = state.pop(key)
     return state
+
+
+def missing_weights(path):
+    """The error to raise where a snapshot or other weights are not there."""
+    return FileNotFoundError(
+        f'{path}: no such weights; train them first, or look whether fold, plane, organ, rates, margin and timestamp '
+        'are those of the training'
+    )
 
 
 def load_RSTN(path, TEST, thickness, crop_margin, device):

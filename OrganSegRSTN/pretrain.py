@@ -92,7 +92,7 @@ def pretrain(args, device):
     loader = DataLoader(active, batch_size=1, shuffle=True, num_workers=args.workers)
     print(f'{args.current_fold} {len(loader)}')
     model = FCN8s(args.slice_thickness, args.width).to(device).train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, fused=True)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs * len(loader))
     for epoch in range(args.epochs):
         losses = Losses()

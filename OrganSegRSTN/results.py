@@ -62,9 +62,17 @@ def prepare_folder(folder, settings):
         for volume in volumes:
             volume.unlink()
             volume.with_suffix('.nii.gz').unlink(missing_ok=True)
-    if former is None or differing:
+    known = settings if former is None else {key: _known(former.get(key), value) for key, value in settings.items()}
+    if known != former:
         with whole_file(path, 'w') as file:
-            json.dump(settings, file, indent=1)
+            json.dump(known, file, indent=1)
+
+
+def _known(former, now):
+    """`now`, or `former` in the places where that is None."""
+    if isinstance(now, list) and isinstance(former, list) and len(now) == len(former):
+        return list(map(_known, former, now))
+    return former if now is None else now
 
 
 def _same(former, now):

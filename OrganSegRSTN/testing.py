@@ -1,12 +1,13 @@
 """Testing a volume: one network along one plane (coarse, oracle, fine), and the rounds of coarse to fine."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import load_RSTN, pick_device
+from model import load_RSTN, missing_weights, pick_device
 from nifti import export
 from results import Results, checksum, prepare_folder
 from slices import SliceAverage, plane_view, slice_window
@@ -81,12 +82,24 @@ def stored(path, shape, compute):
     return volume
 
 
-def run_settings(args, *snapshots):
-    """What a stored volume depends on, apart from its folder's name: for run.json."""
+def run_settings(args, cases, snapshots, kinds=('image_file',)):
+    """What stored volumes depend on, apart from their names: for run.json.
+
+    cases: of the fold's testing list; kinds: which of their files are looked at.
+    """
+    files = [[getattr(case, kind) for kind in kinds] for case in cases]
     return {
         'window': [args.low_range, args.high_range],
         'snapshots': [checksum(snapshot_folder(args) / snapshot) for snapshot in snapshots],
+        'cases': [[[file, checksum(Path(args.data_path, file))] for file in case] for case in files],
     }
+
+
+def require_snapshots(testers, volumes):
+    """FileNotFoundError where a snapshot is missing that is needed, since not all of these volumes are stored."""
+    for tester in testers:
+        if not tester.path.exists() and not all(volume.exists() for volume in volumes):
+            raise missing_weights(tester.path)
 
 
 def test_plane(args, stage, TEST):
@@ -95,17 +108,19 @@ def test_plane(args, stage, TEST):
     snapshot = find_snapshot(args, args.plane, args.timestamp1)
     folder = results_folder(args, stage, snapshot)
     cases = read_cases(args.data_path, 'testing', args.current_fold)
-    prepare_folder(folder, run_settings(args, snapshot))
     tester = PlaneTester(args, args.plane, snapshot, TEST, device)
+    files = [folder / 'volumes' / f'{epoch_name(args)}_{number}.npz' for number in range(1, len(cases) + 1)]
+    require_snapshots([tester], files)
+    kinds = ('image_file', 'label_file') if TEST == 'O' else ('image_file',)
+    prepare_folder(folder, run_settings(args, cases, [snapshot], kinds))
     epoch = epoch_name(args)
     scores = []
     with Results(folder) as results:
         results(f'Evaluating snapshot {epoch}:')
-        for number, case in enumerate(cases, 1):
+        for number, (case, file) in enumerate(zip(cases, files), 1):
             start = time.time()
             image, label = case.image(args.data_path), case.label(args.data_path, args.organ_ID)
             volumes = {'label': label} if TEST == 'O' else {}
-            file = folder / 'volumes' / f'{epoch}_{number}.npz'
             volume = stored(
                 file, image.shape, lambda image=image, volumes=volumes: to_bytes(tester.predict(image, **volumes))
             )

@@ -40,7 +40,7 @@ def data(tmp_path_factory):
     ]
 
     def stage(script, *args):
-        done = run_script(script, data, *args, env=os.environ | {'OMP_NUM_THREADS': '2'})
+        done = run_script(script, data, *args, env=os.environ | {'OMP_NUM_THREADS': '2', 'OMP_WAIT_POLICY': 'PASSIVE'})
         assert done.code == 0, done.err
 
     stage('init.py', 1, 2, -100, 240)
