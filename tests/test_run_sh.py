@@ -232,3 +232,19 @@ def test_fold_A_and_several_organs_are_all_folds_of_each(tmp_path, parsed):
     found = [parsed(*command) for command in commands(done.stdout)]
     assert [(args.current_fold, args.organ_ID) for args in found] == [(0, 1), (0, 3), (1, 1), (1, 3)]
     assert {(args.GPU_ID, args.stop_DSC) for args in found} == {('0', 0.99)}
+
+
+def test_the_demos_settings_go_with_its_folder_which_takes_no_other_scans(tmp_path, parsed):
+    (tmp_path / 'phantom').mkdir()
+    done = run_sh(DRY_RUN=1, ENABLE_COARSE2FINE_TESTING=1, DATA_PATH=tmp_path)
+    [command] = commands(done.stdout)
+    assert parsed(*command).learning_rate1 == '1e-4'
+    done = run_sh(DRY_RUN=1, LAZY_MODE=1, DATA_PATH=tmp_path, RAW_PATH=tmp_path / 'raw')
+    assert (done.returncode, commands(done.stdout)) == (2, [])
+    assert "is the demo's folder: name another DATA_PATH" in done.stderr
+
+
+def test_a_switch_that_is_neither_0_nor_1_is_refused(tmp_path):
+    done = run_sh(DRY_RUN=1, ENABLE_TRAINING='yes', DATA_PATH=tmp_path)
+    assert done.returncode == 2
+    assert "the switch of training is 'yes', not 0 or 1" in done.stderr

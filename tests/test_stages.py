@@ -13,7 +13,7 @@ from conftest import FOLDER, coarse2fine_args, fusion_args, run_script, tiny_wei
 import coarse2fine_testing
 from model import RSTN
 from testing import fine_rounds, predict_volume, to_bytes
-from utils import DSC_computation
+from utils import DSC_computation, read_cases
 
 CPU = torch.device('cpu')
 COARSE = 'results/coarse_testing_1e-5x10,4'
@@ -443,6 +443,26 @@ def test_volumes_made_with_another_snapshot_or_window_are_made_again(tested, cal
     args[4] = 400
     assert 'made again' in succeeded(call('coarse_testing.py', *args)).out
     assert lines(folder) != before
+
+
+def test_volumes_of_other_scans_are_made_again(tested, call):
+    succeeded(call('coarse_testing.py', *training_args(tested)))
+    image = tested / read_cases(tested, 'testing', 0)[0].image_file
+    np.save(image, np.load(image)[::-1])
+    before = lines(tested / COARSE / 'FD0:ZJ3_1.pkl')
+    assert 'made again' in succeeded(call('coarse_testing.py', *training_args(tested))).out
+    assert lines(tested / COARSE / 'FD0:ZJ3_1.pkl') != before
+
+
+def test_a_first_attempt_without_the_snapshot_leaves_nothing(tested, call):
+    shutil.rmtree(tested / 'models')
+    for script, args in (
+        ('coarse_testing.py', training_args(tested)),
+        ('coarse2fine_testing.py', coarse2fine_args(tested)),
+    ):
+        done = call(script, *args)
+        assert (done.code, 'no such weights' in done.err) == (1, True)
+    assert not (tested / 'results').exists()
 
 
 def test_a_snapshot_that_is_gone_costs_no_volume(tested, call):
