@@ -282,7 +282,9 @@ def contact_sheet(path, cases, organ_ID, args, warnings):
     columns = min(8, max(4, int(np.ceil(len(cases) ** 0.5))), len(cases))
     rows = -(-len(cases) // columns)
     tile = np.array([2.6, 2.6 * np.median([height(case) for case in cases]) + 0.3])  # inches
-    figure, grid = plt.subplots(rows, columns, figsize=tile * [columns, rows] + [0, 0.4], squeeze=False, dpi=110)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=tile * [columns, rows] + [0, 0.4], squeeze=False, dpi=110, layout='constrained'
+    )
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, case in zip(grid.flat, cases):
@@ -291,7 +293,6 @@ def contact_sheet(path, cases, organ_ID, args, warnings):
         f'organ {organ_ID}, window {args.low_range:g} to {args.high_range:g} HU, axial slices as stored; orange: has a warning of its own',
         fontsize=10,
     )
-    figure.tight_layout(pad=0.4)
     with whole_file(path) as file:
         figure.savefig(file, format='png')
     plt.close(figure)
