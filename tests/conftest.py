@@ -6,15 +6,17 @@ The tiny network is the golden recipe's at width 4: its planted path segments br
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-os.environ['OMP_NUM_THREADS'] = (
-    '1'  # tiny networks lose more than they gain by a second thread; test_golden.py takes two
-)
+# tiny networks lose more than they gain by a second thread; test_golden.py takes two
+os.environ['OMP_NUM_THREADS'] = '1'
+# a shell that runs the tests in the background has them, and all that they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
