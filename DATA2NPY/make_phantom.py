@@ -28,7 +28,7 @@ from utils import whole_file
 PANCREAS, DUODENUM, STOMACH, LIVER, SPLEEN, RIGHT_KIDNEY, LEFT_KIDNEY, AORTA = range(1, 9)
 FIELD_MM = np.array([316.8, 316.8, 144.0])  # what a volume covers along its rows' axis, columns' axis and slices
 INTERCEPT = -1024
-NOISE_HU = 13.0
+NOISE_HU = 10.0
 LABELS = 'TCIA_pancreas_labels-02-05-2017'
 SETTINGS = 'phantom.txt'
 
@@ -186,7 +186,7 @@ def draw_pancreas_and_neighbours(canvas):
     radii = np.interp(np.linspace(0, 5, len(path)), range(6), near((21, 18, 16.5, 17, 17, 14), 0.8))
     around = [(-26, -34, 2), (-10, -62, 10), (14, -64, 32), (26, -44, 56), (16, -8, 60), (0, 24, 46), (-8, 44, 30)]
     duodenum = canvas.tube(curve(near(around + shift, 2.5)), 11.5) + 1.2 * canvas.field(10)
-    canvas.paint(duodenum, rng.uniform(70, 94), DUODENUM, texture=12)
+    canvas.paint(duodenum, rng.uniform(66, 88), DUODENUM, texture=12)
     canvas.paint(duodenum + 7, rng.uniform(45, 80), texture=12)
     lobules = 1.5 * canvas.field(9)
     canvas.paint(canvas.tube(path, radii) + lobules, rng.uniform(91, 101), PANCREAS, texture=12)
