@@ -25,6 +25,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${RAW_PATH:=}"                       # raw scans to convert
 : "${LABEL_ORIENTATION:=auto}"          # how nii2npy.py turns a label onto its image: auto, affine or published
 : "${PYTHON:=}"                         # the python of an environment of your own; none: .venv is made here
+: "${PRECISION:=fp32}"                  # bf16: faster on CPUs and GPUs that have it; DSCs differ in the third digit
 : "${SEED:=}"                           # a whole number makes pretraining and training repeatable
 
 # for convenience: what each stage below takes unless it is told otherwise
@@ -140,6 +141,7 @@ if [[ $DRY_RUN == 1 ]]; then
 else
   source "$HERE/setup.sh"
 fi
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # waiting threads sleep: spinning ones starve whatever else runs
 [[ $DATA_PATH == /* ]] || DATA_PATH=$PWD/$DATA_PATH
 
 run() {  # run SCRIPT ARGUMENT ...: one command of a stage, printed or run
@@ -182,6 +184,7 @@ each() {  # each "ORGANS" FUNCTION ARGUMENT ...: call FUNCTION ARGUMENT ... for 
 RATES=("$LEARNING_RATE1" "$LEARNING_RATE_M1" "$LEARNING_RATE2" "$LEARNING_RATE_M2" "$TRAINING_MARGIN")
 EPOCHS=("$TRAINING_EPOCH_S" "$TRAINING_EPOCH_I" "$TRAINING_EPOCH_J" "$LR_DECAY_EPOCH_J_STEP")
 SAMPLING=("$TRAINING_PROB" "$TRAINING_SAMPLE_BATCH")
+PRECISE=(--precision "$PRECISION")
 SEEDED=(${SEED:+--seed "$SEED"})
 NIFTI=()
 [[ $WRITE_NIFTI != 1 ]] || NIFTI=(--nifti)
@@ -232,7 +235,7 @@ pretrain() {
   fi
   STAGE="pretraining of fold $fold, organ $organ"
   run OrganSegRSTN/pretrain.py "${ARGUMENTS[@]}" "$TRAINING_GPU" "$PRETRAINING_EPOCHS" --width "$PRETRAINING_WIDTH" \
-    --learning_rate "$PRETRAINING_LEARNING_RATE" --crop_margin "$TRAINING_MARGIN" ${SEEDED[@]+"${SEEDED[@]}"}
+    --learning_rate "$PRETRAINING_LEARNING_RATE" --crop_margin "$TRAINING_MARGIN" "${PRECISE[@]}" ${SEEDED[@]+"${SEEDED[@]}"}
 }
 if stage "$ENABLE_PRETRAINING" pretraining; then
   each "$TRAINING_ORGAN_ID" pretrain
@@ -246,7 +249,7 @@ train() {
     log="$DATA_PATH/logs/FD$fold:$plane${SLICE_THICKNESS}_$organ$stamp.txt"
     if [[ $DRY_RUN == 1 ]]; then log=/dev/null; else mkdir -p "$DATA_PATH/logs"; fi
     run OrganSegRSTN/training.py "${ARGUMENTS[@]}" "$plane" "$TRAINING_GPU" "${RATES[@]}" "${SAMPLING[@]}" \
-      "${EPOCHS[@]}" "$TRAINING_TIMESTAMP" --fine_iterations "$FINE_ITERATIONS" ${SEEDED[@]+"${SEEDED[@]}"} 2>&1 |
+      "${EPOCHS[@]}" "$TRAINING_TIMESTAMP" --fine_iterations "$FINE_ITERATIONS" "${PRECISE[@]}" ${SEEDED[@]+"${SEEDED[@]}"} 2>&1 |
       tee -i "$log"  # Ctrl-C is training.py's to answer
   done
 }
@@ -259,7 +262,7 @@ test_planes() {  # test_planes KIND PLANES GPU TIMESTAMP1 TIMESTAMP2
   for plane in $(planes "$2"); do
     STAGE="$1 testing of fold $fold, organ $organ, plane $plane"
     run "OrganSegRSTN/$1_testing.py" "${ARGUMENTS[@]}" "$plane" "$3" "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" \
-      "$4" "$5" ${NIFTI[@]+"${NIFTI[@]}"}
+      "$4" "$5" "${PRECISE[@]}" ${NIFTI[@]+"${NIFTI[@]}"}
   done
 }
 
@@ -291,7 +294,7 @@ coarse2fine() {
   run OrganSegRSTN/coarse2fine_testing.py "${ARGUMENTS[@]}" "$COARSE2FINE_TESTING_GPU" "${RATES[@]}" "${EPOCHS[@]}" \
     "$COARSE_FUSION_THRESHOLD" "$FINE_FUSION_THRESHOLD" "$MAX_ROUNDS" \
     "$COARSE2FINE_TIMESTAMP1_X" "$COARSE2FINE_TIMESTAMP1_Y" "$COARSE2FINE_TIMESTAMP1_Z" \
-    ${STOP_DSC:+--stop_DSC "$STOP_DSC"} ${NIFTI[@]+"${NIFTI[@]}"}
+    "${PRECISE[@]}" ${STOP_DSC:+--stop_DSC "$STOP_DSC"} ${NIFTI[@]+"${NIFTI[@]}"}
 }
 if stage "$ENABLE_COARSE2FINE_TESTING" 'coarse-to-fine testing'; then
   each "$COARSE2FINE_TESTING_ORGAN_ID" coarse2fine

@@ -123,8 +123,15 @@ def parser(doc, required, optional=()):
     return made
 
 
-def add_loading(made):
+def add_precision(made):
+    """--precision, for a stage that runs a network."""
+    made.add_argument('--precision', type=one_of('fp32', 'bf16'), default='fp32',
+                      help='fp32 (default), or bf16: faster, figures differ in the third digit')  # fmt: skip
+
+
+def add_training(made):
     """The options that training and pretraining share."""
+    add_precision(made)
     made.add_argument('--seed', type=whole(0), help='make the run repeatable on this machine')
     made.add_argument('--workers', type=whole(0), default=0, help='processes that load slices (default 0)')
 

@@ -32,6 +32,7 @@ def main():
     made = arguments.parser(__doc__, arguments.COARSE2FINE, arguments.FUSION_OPTIONAL)
     made.add_argument('--stop_DSC', type=arguments.number(0, 1), metavar='DSC',
                       help='end a case at the first round whose inter-iteration DSC reaches it (default: all rounds)')  # fmt: skip
+    arguments.add_precision(made)
     add_option(made)
     args = arguments.parse(made)
     device = pick_device(args.GPU_ID)

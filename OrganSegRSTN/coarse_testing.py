@@ -10,6 +10,7 @@ from testing import test_plane
 
 def main():
     made = arguments.parser(__doc__, arguments.TESTING, arguments.TESTING_OPTIONAL)
+    arguments.add_precision(made)
     nifti.add_option(made)
     test_plane(arguments.parse(made), 'coarse', 'C')
 

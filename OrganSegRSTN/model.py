@@ -3,6 +3,7 @@
 State-dict keys and shapes are those of the published snapshots and of the Caffe FCN-8s ported to PyTorch.
 """
 
+import os
 import pickle
 import random
 import zipfile
@@ -13,14 +14,18 @@ from torch import nn
 
 import ring
 
+PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 OUTSIDE = -9999999.0  # logit of every pixel outside the fine network's box: probability 0
 
 
 class FCN8s(nn.Module):
     """FCN-8s on VGG-16 (Long et al., CVPR 2015): (N, 3, A, B) in [0, 1] -> logits (N, n_class, A, B).
 
-    `width` is the number of channels of the first layer: 64 in the paper, less on a laptop.
+    `width` is the number of channels of the first layer: 64 in the paper, less on a laptop. All but the score layers
+    and what follows them computes in `dtype` (see set_precision; None: that of the weights).
     """
+
+    dtype = None
 
     def __init__(self, n_class, width=64):
         super().__init__()
@@ -56,7 +61,8 @@ class FCN8s(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x):
-        pool3, pool4, fc7 = ring.features(self, x)  # = self.features(x), faster
+        seen = ring.features(self, x)  # = self.features(x), faster
+        pool3, pool4, fc7 = (activations.to(self.score_fr.weight.dtype) for activations in seen)
         return self.upsample(self.score_pool3(pool3), self.score_pool4(pool4), self.score_fr(fc7), x.shape[2:])
 
     def features(self, x):
@@ -218,11 +224,26 @@ def get_parameters(model, coarse=True, bias=False, parallel=False):
             yield parameter
 
 
+def set_precision(model, precision, store=False):
+    """Let every FCN-8s in `model` compute in 'fp32' or 'bf16'; with `store` its weights are kept so, too (in testing).
+
+    The score layers and all that follows them stay in float32, and so do saliency, loss and the optimizer's weights.
+    """
+    for net in model.modules():
+        if isinstance(net, FCN8s):
+            net.dtype = PRECISIONS[precision]
+            if store:
+                for name, layer in net.named_children():
+                    if name.startswith(('conv', 'fc')):
+                        layer.to(net.dtype)
+
+
 # --- devices and files ---------------------------------------------------------------------------------------------
 
 
 def pick_device(GPU_ID):
     """The device of a run, said in a line: CUDA device number GPU_ID, or the CPU without CUDA or with `cpu`."""
+    os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')  # torch's memory in huge pages: a third less time on a CPU
     if GPU_ID == 'cpu' or not torch.cuda.is_available():
         why = 'as asked' if GPU_ID == 'cpu' else f'no CUDA device found, GPU_ID {GPU_ID} is not used'
         print(f'device: CPU, {torch.get_num_threads()} threads ({why})', flush=True)
@@ -264,7 +285,7 @@ def missing_weights(path):
     )
 
 
-def load_RSTN(path, TEST, thickness, crop_margin, device):
+def load_RSTN(path, TEST, thickness, crop_margin, device, precision='fp32'):
     """The RSTN of a snapshot, ready to test: only the networks that TEST uses, of the width of its weights."""
     state = load_weights(path)
     if 'coarse_model.conv1_1.weight' not in state or 'saliency1.weight' not in state:
@@ -282,4 +303,5 @@ def load_RSTN(path, TEST, thickness, crop_margin, device):
         found = tuple(state[wrong[0]].shape) if wrong[0] in state else 'missing'
         raise ValueError(f'{path}: {wrong[0]} is {found}, expected {tuple(used[wrong[0]].shape)}')
     net.load_state_dict({key: state[key].float() for key in used}, assign=True)
+    set_precision(net, precision, store=True)
     return net.to(device).eval()

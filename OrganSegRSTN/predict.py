@@ -55,7 +55,7 @@ def main():
         print(f'warning: {doubt}')
     there, back = turns(scan.geometry, codes)
     image, scan = np.ascontiguousarray(axes.apply_orientation(scan.image, there)), scan._replace(image=None)
-    look = Look(snapshots, thickness, margin, (args.low_range, args.high_range), device)
+    look = Look(snapshots, thickness, margin, (args.low_range, args.high_range), device, args.precision)
     mask, probability = segment(image, look, args.rounds, args.stop_DSC, args.threshold)
     print_volume(mask, scan.geometry)
     for path, volume in ((args.OUTPUT, mask), (args.probability, probability)):
@@ -89,6 +89,7 @@ def parse(argv=None):
                       help="how training arrays lie: axis codes such as PLI, or a training case's geometry/CASE.json; "
                       f'{STORED}: do not turn anything')  # fmt: skip
     made.add_argument('--probability', metavar='FILE', help='write the mean probability, too (float32 .nii.gz)')
+    arguments.add_precision(made)
     made.add_argument('--force', action='store_true', help='take a snapshot although its name tells another plane')
     return arguments.parse(made, argv)
 
@@ -235,9 +236,9 @@ class Look:
     `probability`: (W, H, L) float32, mean of the planes at the last look.
     """
 
-    def __init__(self, snapshots, thickness, margin, window, device):
+    def __init__(self, snapshots, thickness, margin, window, device, precision):
         self.snapshots, self.thickness, self.margin = snapshots, thickness, margin
-        self.window, self.device = window, device
+        self.window, self.device, self.precision = window, device, precision
         self.kept = {}
         self.probability = None
 
@@ -259,7 +260,7 @@ class Look:
         paths = self.snapshots[i]
         total = 0
         for path in paths:
-            net = self.kept.get(i) or load_RSTN(path, TEST, self.thickness, self.margin, self.device)
+            net = self.kept.get(i) or load_RSTN(path, TEST, self.thickness, self.margin, self.device, self.precision)
             if len(paths) == 1:
                 self.kept[i] = net
             total = total + predict_volume(net, image, PLANES[i], self.window, self.thickness, self.device, **volumes)

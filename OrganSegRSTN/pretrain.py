@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.data import ConcatDataset, DataLoader
 
 import arguments
-from model import FCN8s, bounding_box, crop, load_weights, pick_device
+from model import FCN8s, bounding_box, crop, load_weights, pick_device, set_precision
 from training import Losses, load_slices, seed_everything
 from utils import PLANES, pretrained_folder, pretrained_name, read_cases, whole_file
 
@@ -32,7 +32,7 @@ def main():
     )
     made.add_argument('--convert', metavar='FILE', help='convert these weights instead of training')
     made.add_argument('--crop_margin', type=arguments.whole(0), default=20, help='as in training.py (default 20)')
-    arguments.add_loading(made)
+    arguments.add_training(made)
     args = arguments.parse(made)
     device = pick_device(args.GPU_ID)
     if args.convert:
@@ -92,6 +92,7 @@ def pretrain(args, device):
     loader = DataLoader(active, batch_size=1, shuffle=True, num_workers=args.workers)
     print(f'{args.current_fold} {len(loader)}')
     model = FCN8s(args.slice_thickness, args.width).to(device).train()
+    set_precision(model, args.precision)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, fused=True)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs * len(loader))
     for epoch in range(args.epochs):

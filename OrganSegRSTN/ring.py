@@ -31,15 +31,15 @@ import torch.nn.functional as F
 
 PADDING = 100  # of conv1_1; the other convolutions pad by 1
 CONVS = (2, 2, 3, 3, 3)  # convolutions of a block, each block ending in 2 x 2 pooling
-FEW = 64  # rows up to which a matrix product takes less time than casting its weights, as autocast would
+FEW = 64  # rows up to which a matrix product takes less time than casting its weights
 
 
 def features(net, x):
     """What the score layers of the FCN8s `net` see for images (N, 3, A, B): pool3, pool4, fc7, as from net.features."""
-    pool3, pool4 = early_blocks(net, x)
+    pool3, pool4 = early_blocks(net, x.to(net.dtype or net.conv1_1.weight.dtype))
     x = pool4
     for conv in range(CONVS[4]):
-        x = F.relu(_layer(net, 5, conv)(x), inplace=True)
+        x = F.relu(F.conv2d(x, *_weights(net, 5, conv, x.dtype), padding=1), inplace=True)
     x = F.max_pool2d(x, 2, ceil_mode=True)
     x = net.drop6(F.relu(as_matrix_product(net.fc6, x), inplace=True))
     x = net.drop7(F.relu(as_matrix_product(net.fc7, x), inplace=True))
@@ -60,7 +60,7 @@ def early_blocks(net, image):
         layout = torch.channels_last if block < 4 else torch.contiguous_format  # the faster one of large maps, of small
         deviation = deviation.contiguous(memory_format=layout)
         for conv in range(convs):
-            background, deviation = convolve(_layer(net, block, conv), background, deviation)
+            background, deviation = convolve(*_weights(net, block, conv, image.dtype), background, deviation)
         background = F.max_pool2d(background, 2, ceil_mode=True)
         deviation = F.max_pool2d(deviation, 2)
         start, rim, size = (start - convs) // 2, (rim + 1) // 2, [(n + 1) // 2 for n in size]
@@ -68,11 +68,11 @@ def early_blocks(net, image):
     return [assemble(*pool) for pool in pools[2:]]
 
 
-def convolve(layer, background, deviation):
+def convolve(weight, bias, background, deviation):
     """A 3 x 3 convolution and its ReLU: of the background, and of the deviation, which grows a pixel on each side."""
-    background = F.conv2d(background, layer.weight, layer.bias, padding=1)
+    background = F.conv2d(background, weight, bias, padding=1)
     level = background[0, :, background.shape[2] // 2, background.shape[3] // 2]
-    deviation = F.conv2d(deviation, layer.weight, level, padding=2)
+    deviation = F.conv2d(deviation, weight, level, padding=2)
     level = F.relu(level)[:, None, None]
     if deviation.requires_grad:
         return F.relu(background), F.relu(deviation, inplace=True) - level
@@ -104,16 +104,17 @@ def assemble(background, deviation, start, size):
 
 def as_matrix_product(layer, x):
     """An unpadded convolution (Conv2d) of x (N, C, A, B), as one product with the weights where they lie in memory."""
-    weight, kernel = layer.weight.flatten(1), layer.kernel_size  # (outputs, inputs), (a, b)
-    patches = F.unfold(x, kernel).mT.flatten(0, 1).contiguous()  # (positions, inputs)
-    if len(patches) <= FEW:
-        with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(patches.to(weight.dtype), weight, layer.bias)
-    else:
-        y = F.linear(patches, weight, layer.bias)  # (positions, outputs)
-    a, b = (n - k + 1 for n, k in zip(x.shape[2:], kernel))
-    return y.unflatten(0, (-1, a, b)).permute(0, 3, 1, 2)
+    weight, (height, width) = layer.weight.flatten(1), layer.kernel_size  # (outputs, inputs)
+    patches = x.unfold(2, height, 1).unfold(3, width, 1).movedim(1, 3).flatten(3)  # (N, a, b, inputs)
+    few = patches.shape[:3].numel() <= FEW
+    dtype = weight.dtype if few else x.dtype
+    patches, weight, bias = patches.to(dtype), weight.to(dtype), layer.bias.to(dtype)
+    if few or dtype is not torch.float32:
+        return F.linear(patches, weight, bias).movedim(3, 1)
+    return F.conv2d(patches.movedim(3, 1).contiguous(), weight[:, :, None, None], bias)  # twice as fast as MKL on AMD
 
 
-def _layer(net, block, conv):
-    return net.get_submodule(f'conv{block}_{conv + 1}')
+def _weights(net, block, conv, dtype):
+    """Weight and bias of a convolution, in the precision of the activations."""
+    layer = net.get_submodule(f'conv{block}_{conv + 1}')
+    return layer.weight.to(dtype), layer.bias.to(dtype)

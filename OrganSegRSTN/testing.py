@@ -24,6 +24,8 @@ from utils import (
     to_unit,
 )
 
+TOGETHER = 2**16  # pixels of the slices that the coarse network sees at once
+
 
 class PlaneTester:
     """The network of a plane's snapshot, loaded when it is first needed.
@@ -41,7 +43,9 @@ class PlaneTester:
         if self.net is None:
             print(f'{self.plane}: snapshot {self.path}', flush=True)
             args = self.args
-            self.net = load_RSTN(self.path, self.TEST, args.slice_thickness, args.crop_margin, self.device)
+            self.net = load_RSTN(
+                self.path, self.TEST, args.slice_thickness, args.crop_margin, self.device, args.precision
+            )
         window = (self.args.low_range, self.args.high_range)
         return predict_volume(self.net, image, self.plane, window, self.args.slice_thickness, self.device, **volumes)
 
@@ -57,14 +61,17 @@ def predict_volume(net, image, plane, window, thickness, device, label=None, sco
     views = {name: plane_view(volume, plane) for name, volume in views.items() if volume is not None}
     marks = views.get('label', views.get('mask'))
     average = SliceAverage(image.shape, plane, thickness)
-    slices = len(views['image'])
-    for j in tqdm(range(slices), desc=f'plane {plane}', leave=False, disable=None):
-        ids = slice_window(j, slices, thickness)
-        if marks is None or marks[ids].any():
-            inputs = {name: view[ids[:thickness]].astype(np.float32) for name, view in views.items() if name != 'image'}
-            inputs['image'] = to_unit(views['image'][ids], *window)
-            output = net(**{name: torch.from_numpy(array)[None].to(device) for name, array in inputs.items()})
-            average.add(j, output[0].cpu().numpy())
+    windows = {j: slice_window(j, len(views['image']), thickness) for j in range(len(views['image']))}
+    seen = [j for j, ids in windows.items() if marks is None or marks[ids].any()]
+    batch = max(TOGETHER // views['image'][0].size, 1) if marks is None else 1  # boxes differ in size
+    for first in tqdm(range(0, len(seen), batch), desc=f'plane {plane}', leave=False, disable=None):
+        places = seen[first : first + batch]
+        ids = np.array([windows[j] for j in places])  # (N, 3)
+        inputs = {name: view[ids[:, :thickness]].astype(np.float32) for name, view in views.items() if name != 'image'}
+        inputs['image'] = to_unit(views['image'][ids], *window)  # (N, 3, A, B)
+        outputs = net(**{name: torch.from_numpy(array).to(device) for name, array in inputs.items()})
+        for j, output in zip(places, outputs.cpu().numpy()):
+            average.add(j, output)
     return average.volume()
 
 
@@ -90,6 +97,7 @@ def run_settings(args, cases, snapshots, kinds=('image_file',)):
     files = [[getattr(case, kind) for kind in kinds] for case in cases]
     return {
         'window': [args.low_range, args.high_range],
+        'precision': args.precision,
         'snapshots': [checksum(snapshot_folder(args) / snapshot) for snapshot in snapshots],
         'cases': [[[file, checksum(Path(args.data_path, file))] for file in case] for case in files],
     }

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import arguments
 from Data import DataLayer
-from model import RSTN, DSC_loss, get_parameters, load_weights, pick_device
+from model import RSTN, DSC_loss, get_parameters, load_weights, pick_device, set_precision
 from utils import find_pretrained, read_cases, snapshot_folder, snapshot_name, whole_file
 
 MODES = 'SIJ'
@@ -28,13 +28,14 @@ def main():
     )
     made.add_argument('--fine_iterations', type=arguments.whole(1), default=1, metavar='T',
                       help="fine steps a sample in I and J, the paper's T (default 1)")  # fmt: skip
-    arguments.add_loading(made)
+    arguments.add_training(made)
     args = arguments.parse(made)
     device = pick_device(args.GPU_ID)
     seed_everything(args.seed)
     loader = DataLoader(load_slices(args, args.plane), batch_size=1, shuffle=True, num_workers=args.workers)
     print(f'{args.current_fold}{args.plane} {len(loader)}')
     model = starting_model(args).to(device)
+    set_precision(model, args.precision)
     optimizer = make_optimizer(model, args.learning_rate1, args.learning_rate_m1)
     for mode in MODES:
         epochs = getattr(args, f'epoch_{mode}')

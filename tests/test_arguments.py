@@ -113,7 +113,7 @@ def test_unused_and_extra_trailing_arguments_are_accepted():
 
 def test_options_stand_before_or_after_the_positionals():
     made = arguments.parser('', arguments.TRAINING)
-    arguments.add_loading(made)
+    arguments.add_training(made)
     positionals = list(map(str, training_args('data')))
     assert arguments.parse(made, ['--seed', '3', *positionals]).seed == 3
     assert arguments.parse(made, [*positionals, '--seed', '3']).seed == 3

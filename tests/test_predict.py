@@ -259,12 +259,12 @@ def test_several_snapshots_of_a_plane_are_averaged(scan, snapshots, tmp_path):
 
 def test_networks_are_dropped_when_they_are_not_needed(snapshots):
     image = make_scan()[0]
-    one = predict.Look([[path] for path in snapshots], 3, 4, (-100, 240), torch.device('cpu'))
+    one = predict.Look([[path] for path in snapshots], 3, 4, (-100, 240), torch.device('cpu'), 'fp32')
     mask = one.coarse(image) >= 0.5
     assert not one.kept
     one.predict(image, one.probability, mask.astype(np.uint8))
     assert len(one.kept) == 3, 'the fine networks stay for the next round'
-    two = predict.Look([[path, path] for path in snapshots], 3, 4, (-100, 240), torch.device('cpu'))
+    two = predict.Look([[path, path] for path in snapshots], 3, 4, (-100, 240), torch.device('cpu'), 'fp32')
     two.coarse(image)
     two.predict(image, two.probability, mask.astype(np.uint8))
     assert not two.kept

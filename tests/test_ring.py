@@ -5,11 +5,12 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ring
-from model import FCN8s
+from model import FCN8s, set_precision
 
 
 class PlainFCN8s(FCN8s):
@@ -17,14 +18,6 @@ class PlainFCN8s(FCN8s):
 
     def forward(self, x):
         pool3, pool4, fc7 = self.features(x)
-        return self.upsample(self.score_pool3(pool3), self.score_pool4(pool4), self.score_fr(fc7), x.shape[2:])
-
-
-class RingFCN8s(FCN8s):
-    """The same network, by way of ring.features."""
-
-    def forward(self, x):
-        pool3, pool4, fc7 = ring.features(self, x)
         return self.upsample(self.score_pool3(pool3), self.score_pool4(pool4), self.score_fr(fc7), x.shape[2:])
 
 
@@ -37,7 +30,7 @@ def twins(width=4, bias=0.3, dtype=torch.float64):
             nn.init.normal_(parameter, std=bias)
         elif name.startswith('score'):
             nn.init.kaiming_normal_(parameter)
-    fast = RingFCN8s(3, width).to(dtype).eval()
+    fast = FCN8s(3, width).to(dtype).eval()
     fast.load_state_dict(plain.state_dict())
     return plain, fast
 
@@ -219,3 +212,32 @@ def test_the_ring_is_not_computed(size, share):
             net(torch.zeros(1, 3, size, size))
         operations.append(counter.get_total_flops())
     assert operations[1] < share * operations[0]
+
+
+# --- bf16 ----------------------------------------------------------------------------------------------------------
+
+
+def test_bf16_computes_in_bf16_and_scores_in_float32():
+    plain, fast = twins(width=8, dtype=torch.float32)
+    x = image(2, 3, 40, 37, dtype=torch.float32)
+    wanted = plain(x)
+    set_precision(fast, 'bf16')
+    assert {pool.dtype for pool in ring.early_blocks(fast, x.bfloat16())} == {torch.bfloat16}
+    mine = fast(x)
+    assert mine.dtype == torch.float32
+    assert 1e-6 < distance(mine, wanted) < 0.03
+    set_precision(fast, 'bf16', store=True)
+    kept = {key: tensor.dtype for key, tensor in fast.state_dict().items()}
+    assert kept['fc6.weight'] == kept['conv1_1.bias'] == torch.bfloat16
+    assert kept['score_fr.weight'] == kept['upscore8.weight'] == torch.float32
+    assert distance(fast(x), mine) < 0.01
+
+
+def test_bf16_gradients_reach_float32_weights():
+    plain, fast = (net.train() for net in twins(width=8, dtype=torch.float32))
+    set_precision(fast, 'bf16')
+    x = image(1, 3, 33, 40, dtype=torch.float32)
+    wanted, mine = gradients(plain, x), gradients(fast, x)
+    for name, gradient in mine.items():
+        assert gradient.dtype == torch.float32
+        assert F.cosine_similarity(gradient.flatten(), wanted[name].flatten(), 0) > 0.95, name

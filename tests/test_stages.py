@@ -64,10 +64,19 @@ def test_every_window_is_seen_clipped_and_scaled_and_averaged_back():
     for plane in 'XYZ':
         net = Recorder()
         found = predict_volume(net, image, plane, (0, 200), 3, CPU)
-        assert len(net.seen) == image.shape['XYZ'.index(plane)]
-        assert net.seen[0]['image'].shape[:2] == (1, 3)
+        assert [tuple(seen['image'].shape[:2]) for seen in net.seen] == [(image.shape['XYZ'.index(plane)], 3)]
         np.testing.assert_allclose(found, np.clip(image, 0, 200) / 200, atol=1e-6)
         assert found.dtype == np.float32
+
+
+def test_coarse_windows_go_in_batches_of_so_many_pixels_and_marked_ones_singly(monkeypatch):
+    image, label = np.arange(5 * 2 * 3).reshape(2, 3, 5), np.ones((2, 3, 5), bool)
+    monkeypatch.setattr('testing.TOGETHER', 13)  # two slices of 2 x 3 pixels
+    for marks, batches in (({}, [2, 2, 1]), ({'label': label}, [1] * 5)):
+        net = Recorder()
+        found = predict_volume(net, image, 'Z', (0, 30), 3, CPU, **marks)
+        assert [len(seen['image']) for seen in net.seen] == batches
+        np.testing.assert_allclose(found, image / 30, atol=1e-6)
 
 
 @pytest.mark.parametrize('slices', [1, 2])
@@ -471,6 +480,17 @@ def test_a_snapshot_that_is_gone_costs_no_volume(tested, call):
     shutil.rmtree(tested / 'models')
     call('coarse_testing.py', *training_args(tested))
     assert times(tested) == before
+
+
+def test_volumes_of_another_precision_are_made_again_and_agree(tested, call):
+    folder = tested / 'results/coarse_testing_1e-5x10,4/FD0:ZJ3_1.pkl'
+    succeeded(call('coarse_testing.py', *training_args(tested)))
+    exact = volume(folder / 'volumes/e1111_1.npz')
+    done = succeeded(call('coarse_testing.py', *training_args(tested), '--precision', 'bf16'))
+    assert '2 volumes made with other settings are made again (precision: fp32, now bf16)' in done.out
+    half = volume(folder / 'volumes/e1111_1.npz')
+    assert not np.array_equal(half, exact)
+    assert np.mean((half >= 128) != (exact >= 128)) < 0.01
 
 
 def test_a_published_folder_of_volumes_without_run_json_is_taken_as_it_is(tested, call):
