@@ -4,9 +4,11 @@ A stage lists the names it takes, in order; the published order and meaning of a
 """
 
 import argparse
+import contextlib
 import math
 import os
 import re
+import signal
 import sys
 import traceback
 
@@ -146,13 +148,48 @@ def parse(made, argv=None):
     return args
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, answered like Ctrl-C but for the exit code."""
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM as exceptions, put off while `hold` is set."""
+
+    hold = False
+    waiting = None
+
+    @classmethod
+    def answer(cls, number, _frame):
+        error = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        if not cls.hold:
+            raise error
+        cls.waiting = error
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C and SIGTERM wait until the end of the block."""
+    _Signals.hold = True
+    try:
+        yield
+    finally:
+        _Signals.hold, waiting, _Signals.waiting = False, _Signals.waiting, None
+    if waiting:
+        raise waiting
+
+
 def run(main):
-    """Run a script: a user's mistake ends it with one line and exit code 1, Ctrl-C with 130.
+    """Run a script: a user's mistake ends it with one line and exit code 1, Ctrl-C with 130, SIGTERM with 143.
 
     RSTN_TRACEBACK=1 in the environment shows where the mistake was noticed.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and background shells have it
+            signal.signal(number, _Signals.answer)
     try:
         status = main()
+    except Terminated:
+        sys.exit(143)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

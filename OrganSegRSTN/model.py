@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import parallel
 import ring
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
@@ -242,16 +243,32 @@ def set_precision(model, precision, store=False):
 
 
 def pick_device(GPU_ID):
-    """The device of a run, said in a line: CUDA device number GPU_ID, or the CPU without CUDA or with `cpu`."""
+    """The device of a run, said in a line: CUDA device number GPU_ID, or the CPU without CUDA or with `cpu`.
+
+    Of several numbers (`0,1,2,3`) each process on a machine takes its own.
+    """
     os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')  # torch's memory in huge pages: a third less time on a CPU
     if GPU_ID == 'cpu' or not torch.cuda.is_available():
         why = 'as asked' if GPU_ID == 'cpu' else f'no CUDA device found, GPU_ID {GPU_ID} is not used'
-        print(f'device: CPU, {torch.get_num_threads()} threads ({why})', flush=True)
-        return torch.device('cpu')
-    if not GPU_ID.isdigit() or int(GPU_ID) >= torch.cuda.device_count():
-        raise ValueError(f'GPU_ID {GPU_ID} is not a CUDA device; there are {torch.cuda.device_count()}, from 0')
-    print(f'device: cuda:{GPU_ID}, {torch.cuda.get_device_name(int(GPU_ID))}', flush=True)
-    return torch.device('cuda', int(GPU_ID))
+        device = torch.device('cpu')
+        print(f'device: {device_name(device)} ({why})', flush=True)
+        return device
+    mine = [*GPU_ID.split(','), ''][min(parallel.local_rank(), GPU_ID.count(',') + 1)]
+    if not mine.isdigit() or int(mine) >= torch.cuda.device_count():
+        raise ValueError(
+            f'GPU_ID {GPU_ID} holds no CUDA device for process {parallel.local_rank()} of this machine; '
+            f'there are {torch.cuda.device_count()}, from 0'
+        )
+    device = torch.device('cuda', int(mine))
+    print(f'device: {device_name(device)}', flush=True)
+    return device
+
+
+def device_name(device):
+    """`CPU, 2 threads` or `cuda:0, NVIDIA A100`."""
+    if device.type == 'cpu':
+        return f'CPU, {torch.get_num_threads()} threads'
+    return f'{device}, {torch.cuda.get_device_name(device)}'
 
 
 def load_weights(path):

@@ -1,8 +1,11 @@
 """Names of files and folders, folds, intensities, Dice and post-processing: what every stage shares, without torch."""
 
 import contextlib
+import fcntl
 import os
 import re
+import socket
+import sys
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -137,6 +140,39 @@ def whole_file(path, mode='wb'):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(path, parts):
+    """Hold the lock file `path` for the block; ValueError names the process that holds it already.
+
+    What a killed run left half-written is removed: what the pattern `parts` finds beside the lock. The kernel frees
+    the lock however the process ends.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        lock = open(path, 'a+')  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or 'another process'
+            lock.close()
+            raise ValueError(f'{path.parent}: in use by {holder}; wait until it is done, or end it') from None
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            break
+        lock.close()  # its last holder has removed it since
+    with lock:
+        lock.truncate(0)
+        lock.write(f'process {os.getpid()} on {socket.gethostname()} ({os.path.basename(sys.argv[0])})')
+        lock.flush()
+        for part in path.parent.glob(parts):
+            part.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def load_array(path):

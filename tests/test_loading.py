@@ -2,14 +2,16 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import settings, tiny_weights
+from conftest import CODE, settings, tiny_weights
 
 from model import load_RSTN, load_weights
-from utils import epoch_name, find_pretrained, find_snapshot, results_folder, snapshot_folder, snapshot_name
+from utils import epoch_name, find_pretrained, find_snapshot, held, results_folder, snapshot_folder, snapshot_name
 
 CPU = torch.device('cpu')
 STAMP = '20261123_000000'
@@ -211,3 +213,35 @@ def test_training_starts_from_the_first_there_is(tmp_path):
         (folder / name).touch()
         assert find_pretrained(args).name == name
     assert find_pretrained(settings(tmp_path, pretrained='own.pth')) == Path('own.pth')
+
+
+# --- who holds a folder --------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from utils import held
+with held(sys.argv[2], '*.part'):
+    print('held', flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_told_who_holds_a_folder_and_a_killed_one_holds_nothing(tmp_path):
+    lock = tmp_path / 'results' / '.lock'
+    holder = subprocess.Popen([sys.executable, '-c', HOLDER, CODE, lock], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == 'held\n'
+    with (
+        pytest.raises(ValueError, match=rf'{lock.parent}: in use by process {holder.pid} on .+; wait until'),
+        held(lock, '*.part'),
+    ):
+        pass
+    assert lock.exists()
+    holder.kill()
+    holder.wait()
+    left = lock.with_name('.volume.npz.1.part')
+    left.write_bytes(b'half')
+    with held(lock, '.*.part'):
+        assert str(os.getpid()) in lock.read_text()
+        assert not left.exists()
+    assert list(lock.parent.iterdir()) == []
