@@ -168,10 +168,10 @@ class _Signals:
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Ctrl-C and SIGTERM wait until the end of the block."""
+    """Ctrl-C and SIGTERM wait until the end of the block, which may ask whether one is waiting."""
     _Signals.hold = True
     try:
-        yield
+        yield lambda: _Signals.waiting is not None
     finally:
         _Signals.hold, waiting, _Signals.waiting = False, _Signals.waiting, None
     if waiting:

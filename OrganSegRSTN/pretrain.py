@@ -9,12 +9,14 @@ import random
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset
 
 import arguments
-from model import FCN8s, bounding_box, crop, load_weights, pick_device, set_precision
-from training import Losses, load_slices, seed_everything
-from utils import PLANES, pretrained_folder, pretrained_name, read_cases, whole_file
+import resuming
+from model import FCN8s, bounding_box, crop, load_weights, set_precision
+from provenance import begin
+from training import list_checksums, load_slices, seed_everything
+from utils import PLANES, held, pretrained_folder, pretrained_name, read_cases, whole_file
 
 POSITIONALS = [*arguments.TRAINING[:8], 'GPU_ID', 'epochs']
 VGG16_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # where they stand in torchvision's `features`
@@ -33,15 +35,25 @@ def main():
     made.add_argument('--convert', metavar='FILE', help='convert these weights instead of training')
     made.add_argument('--crop_margin', type=arguments.whole(0), default=20, help='as in training.py (default 20)')
     arguments.add_training(made)
+    resuming.add_options(made)
     args = arguments.parse(made)
-    device = pick_device(args.GPU_ID)
+    device, _ = begin(args)
     if args.convert:
         name, state = convert(load_weights(args.convert), args.convert)
-    else:
-        name, state = pretrained_name(args), pretrain(args, device)
-    with whole_file(pretrained_folder(args) / name) as file:
+        write(pretrained_folder(args) / name, state)
+        return
+    path = pretrained_folder(args) / pretrained_name(args)
+    with held(path.with_name(f'.{path.stem}.lock'), f'.{path.stem}.*.part'):
+        checkpoint = path.with_suffix('.ckpt')
+        write(path, pretrain(args, resuming.Run(checkpoint, args, lists=list_checksums(args, PLANES)), device))
+        checkpoint.unlink(missing_ok=True)
+
+
+def write(path, state):
+    """Save the weights; the file appears when it is complete."""
+    with whole_file(path) as file:
         torch.save(state, file)
-    print(f'written: {pretrained_folder(args) / name}')
+    print(f'written: {path}')
 
 
 def convert(weights, path):
@@ -79,7 +91,7 @@ def as_shaped(tensor, shape):
     return tensor.reshape(shape) if tensor.numel() == shape.numel() else tensor
 
 
-def pretrain(args, device):
+def pretrain(args, run, device):
     """Train an FCN-8s on the slices of the fold's training cases, X, Y and Z mixed; -> its state dict.
 
     It is to start the coarse and the fine network: a third of its samples are active slices cropped around the organ, a
@@ -89,20 +101,20 @@ def pretrain(args, device):
     active = ConcatDataset([load_slices(args, plane) for plane in PLANES])
     args.slice_threshold = 0  # all slices
     whole = ConcatDataset([load_slices(args, plane) for plane in PLANES])
-    loader = DataLoader(active, batch_size=1, shuffle=True, num_workers=args.workers)
-    print(f'{args.current_fold} {len(loader)}')
+    if not (args.resume and run.load()):
+        run.log(f'{args.current_fold} {len(active)}')
     model = FCN8s(args.slice_thickness, args.width).to(device).train()
     set_precision(model, args.precision)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, fused=True)
-    rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs * len(loader))
-    for epoch in range(args.epochs):
-        losses = Losses()
-        for index, sample in enumerate(loader):
+    rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs * len(active))
+    run.restore(model=model, optimizer=optimizer, rates=rates)
+    for epoch in run.epochs(range(args.epochs)):
+        for index, sample in run.steps(active):
             image, label = vary(sample, index % 3, whole, args.crop_margin)
-            losses.add(pretrain_step(model, optimizer, image.to(device), label.to(device)))
+            run.losses.add(pretrain_step(model, optimizer, image.to(device), label.to(device)))
             rates.step()
-        print(f'{args.current_fold} Epoch[{epoch + 1}/{args.epochs}], Dice Loss {losses.mean[0]:.4f}, '
-              f'Time elapsed {losses.elapsed:.2f}s', flush=True)  # fmt: skip
+        run.log(f'{args.current_fold} Epoch[{epoch + 1}/{args.epochs}], Dice Loss {run.losses.mean[0]:.4f}, '
+                f'Time elapsed {run.losses.elapsed:.2f}s')  # fmt: skip
     state = model.state_dict()
     cases = read_cases(args.data_path, 'training', args.current_fold)
     state._metadata['trained_on'] = {'organ_ID': args.organ_ID, 'cases': [case.image_file for case in cases]}

@@ -4,24 +4,37 @@ Reads the slices and lists of init.py and an FCN-8s to start from in models/pret
 snapshot models/snapshots/SIJ_training_*/FD0:ZJ3_1_TIMESTAMP.pkl. Its output is the log (run.sh keeps it in logs/).
 """
 
+import contextlib
 import math
 import random
-import time
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 import arguments
+import parallel
+import resuming
 from Data import DataLayer
-from model import RSTN, DSC_loss, get_parameters, load_weights, pick_device, set_precision
-from utils import find_pretrained, read_cases, snapshot_folder, snapshot_name, whole_file
+from model import RSTN, DSC_loss, get_parameters, load_weights, set_precision
+from provenance import begin
+from results import checksum
+from utils import (
+    find_pretrained,
+    fold_list,
+    held,
+    read_cases,
+    slice_list,
+    snapshot_folder,
+    snapshot_name,
+    whole_file,
+)
 
 MODES = 'SIJ'
 GOOD_LOSS = {'S': 0.3, 'I': 0.2, 'J': 0.15}  # mean Avg loss that the published README asks for
 
 
-def main():
+def main(wrap=lambda model, device: model):
+    """Train; wrap(model, device): what the model becomes before the first step (see training_parallel.py)."""
     made = arguments.parser(__doc__, arguments.TRAINING)
     made.add_argument(
         '--pretrained', metavar='FILE', help='FCN-8s to start from (default: found in models/pretrained/)'
@@ -29,23 +42,80 @@ def main():
     made.add_argument('--fine_iterations', type=arguments.whole(1), default=1, metavar='T',
                       help="fine steps a sample in I and J, the paper's T (default 1)")  # fmt: skip
     arguments.add_training(made)
+    resuming.add_options(made)
     args = arguments.parse(made)
-    device = pick_device(args.GPU_ID)
+    parallel.quiet()
+    device, _ = begin(args)
+    with lock(args), parallel.process_group(device):
+        run = resuming.Run(checkpoint_path(args), args, lists=list_checksums(args, args.plane))
+        resumed = args.resume and run.load()
+        if run.finished and snapshot_path(args, 'J').exists():
+            return
+        train(args, run, resumed and not run.finished, device, wrap)
+
+
+def train(args, run, resumed, device, wrap):
+    """Modes S, I and J in turn, from where `run` stands."""
     seed_everything(args.seed)
-    loader = DataLoader(load_slices(args, args.plane), batch_size=1, shuffle=True, num_workers=args.workers)
-    print(f'{args.current_fold}{args.plane} {len(loader)}')
-    model = starting_model(args).to(device)
+    slices = load_slices(args, args.plane)
+    if resumed:
+        model = new_model(args, width=len(run.part('model')['coarse_model.conv1_1.weight']))
+    else:
+        run.log(f'{args.current_fold}{args.plane} {len(slices) // parallel.world_size()}')
+        model = starting_model(args, run)
+    model = model.to(device).train()
     set_precision(model, args.precision)
     optimizer = make_optimizer(model, args.learning_rate1, args.learning_rate_m1)
-    for mode in MODES:
-        epochs = getattr(args, f'epoch_{mode}')
-        if epochs:
-            train_mode(args, mode, epochs, model, optimizer, loader, device)
+    run.restore(model=model, optimizer=optimizer)
+    wrapped = wrap(model, device)
+    schedule = [(mode, epoch) for mode in MODES for epoch in range(epochs(args, mode))]
+    for mode, epoch in run.epochs(schedule):
+        try:
+            train_epoch(args, run, mode, epoch, wrapped, optimizer, slices, device)
+        except arguments.Terminated:
+            raise
+        except KeyboardInterrupt:
+            save_snapshot(args, mode, model)
+            name = f'{args.current_fold}{args.plane}{mode}'
+            print(f'{name} interrupted: saved as it was, {snapshot_path(args, mode)}', flush=True)
+            raise
+        end_epoch(args, run, mode, epoch, model, optimizer)
+    run.finish()
+
+
+def epochs(args, mode):
+    """How many epochs a mode is trained."""
+    return getattr(args, f'epoch_{mode}')
+
+
+def snapshot_path(args, mode):
+    """Where the snapshot of a mode is saved."""
+    return snapshot_folder(args) / snapshot_name(args, args.plane, mode, args.timestamp)
+
+
+def checkpoint_path(args):
+    """Where the checkpoint is saved: as a snapshot's name, without a mode."""
+    return snapshot_path(args, '').with_suffix('.ckpt')
+
+
+def lock(args):
+    """Hold the names of this training's snapshots; of several processes rank 0 does."""
+    path = checkpoint_path(args)
+    if parallel.rank():
+        return contextlib.nullcontext()
+    return held(path.with_name(f'.{path.stem}.lock'), f'.{snapshot_path(args, "*").stem}.*.part')
+
+
+def list_checksums(args, planes):
+    """What of the data a checkpoint must agree on: the slices of these planes, and the fold."""
+    slices = [slice_list(args.data_path, plane) for plane in planes]
+    return [checksum(file) for file in (*slices, fold_list(args.data_path, 'training', args.current_fold))]
 
 
 def seed_everything(seed):
-    """Seed every source of random numbers that training uses; None leaves them as they are."""
+    """Seed every source of random numbers that training uses, each rank's its own; None leaves them as they are."""
     if seed is not None:
+        seed += parallel.rank()
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -57,7 +127,13 @@ def load_slices(args, plane):
                      args.slice_threshold, args.slice_thickness, args.organ_ID, plane)  # fmt: skip
 
 
-def starting_model(args):
+def new_model(args, width):
+    """An RSTN of these arguments."""
+    return RSTN(args.crop_margin, args.crop_prob, args.crop_sample_batch, args.slice_thickness, None, width,
+                args.fine_iterations)  # fmt: skip
+
+
+def starting_model(args, run):
     """The RSTN, both networks filled from a pretrained FCN-8s: all layers but the score and upscore layers.
 
     The score layers are taken over as well where pretrain.py trained them for this organ and thickness.
@@ -71,14 +147,13 @@ def starting_model(args):
     if 'conv1_1.weight' not in weights:
         raise ValueError(f'{path}: not an FCN-8s: conv1_1.weight is missing')
     width = len(weights['conv1_1.weight'])
-    model = RSTN(args.crop_margin, args.crop_prob, args.crop_sample_batch, args.slice_thickness, None, width,
-                 args.fine_iterations)  # fmt: skip
+    model = new_model(args, width)
     for network in (model.coarse_model, model.fine_model):
         missing, unknown = network.load_state_dict(weights, strict=False)
         if unknown or any('score' not in key for key in missing):
             raise ValueError(f'{path}: not an FCN-8s: {", ".join(unknown + missing)} unknown or missing')
-    print(f'{path}: starts both networks, width {width}, score layers {"included" if with_scores else "from zero"}')
-    print(f'{args.current_fold}{args.plane}{MODES[0]} load pre-trained FCN8s model successfully!', flush=True)
+    run.log(f'{path}: starts both networks, width {width}, score layers {"included" if with_scores else "from zero"}')
+    run.log(f'{args.current_fold}{args.plane}{MODES[0]} load pre-trained FCN8s model successfully!')
     return model
 
 
@@ -112,61 +187,33 @@ def make_optimizer(model, learning_rate1, learning_rate_m1):
     return optimizer
 
 
-def train_mode(args, mode, epochs, model, optimizer, loader, device):
-    """Train `epochs` epochs of a mode and save its snapshot; Ctrl-C saves what there is and stops."""
-    name = f'{args.current_fold}{args.plane}{mode}'
-    snapshot = snapshot_folder(args) / snapshot_name(args, args.plane, mode, args.timestamp)
-    model.train()
-    try:
-        for epoch in range(epochs):
-            losses = train_epoch(f'{name} Epoch[{epoch + 1}/{epochs}]', mode, model, optimizer, loader, device)
-            coarse, fine, avg = losses.mean
-            print(f'{name} Epoch[{epoch + 1}], Total Coarse/Fine/Avg Loss {coarse:.4f}/{fine:.4f}/{avg:.4f}, '
-                  f'Time elapsed {losses.elapsed:.2f}s', flush=True)  # fmt: skip
-            if mode == 'J' and (epoch + 1) % args.lr_decay_epoch == 0:
-                print('lr decay')
-                for group in optimizer.param_groups:
-                    group['lr'] *= 0.5
-    except KeyboardInterrupt:
-        save_snapshot(snapshot, model)
-        print(f'{name} interrupted: saved as it was, {snapshot}', flush=True)
-        raise
-    save_snapshot(snapshot, model)
-    print(f'{name} {convergence(mode, avg)}')
-    print(f'########## end of {name} training stage!', flush=True)
-
-
-class Losses:
-    """Running mean of (coarse, fine, avg) losses and the time since the start."""
-
-    def __init__(self):
-        self.start, self.total, self.count = time.time(), np.zeros(3), 0
-
-    def add(self, losses):
-        self.total += losses
-        self.count += 1
-
-    @property
-    def mean(self):
-        return self.total / self.count
-
-    @property
-    def elapsed(self):
-        return time.time() - self.start
-
-
-def train_epoch(name, mode, model, optimizer, loader, device):
-    """One pass over the active slices; prints a line a step and returns the Losses."""
-    losses = Losses()
-    for index, (image, label) in enumerate(loader):
+def train_epoch(args, run, mode, epoch, model, optimizer, slices, device):
+    """What is left of a pass over the active slices; logs a line a step."""
+    name = f'{args.current_fold}{args.plane}{mode} Epoch[{epoch + 1}/{epochs(args, mode)}]'
+    for index, (image, label) in run.steps(slices):
         step = train_step(model, optimizer, mode, image.to(device), label.to(device))
-        losses.add(step)
-        coarse, fine, avg = step
+        coarse, fine, avg = parallel.mean(step, device)
+        run.losses.add((coarse, fine, avg))
         if not math.isfinite(avg):
             raise ValueError(f'{name}, Iter[{index:05d}]: the loss is {avg}; start again with a lower learning rate')
-        print(f'{name}, Iter[{index:05d}], Coarse/Fine/Avg Loss {coarse:.4f}/{fine:.4f}/{avg:.4f}, '
-              f'Time Elapsed {losses.elapsed:.2f}s', flush=True)  # fmt: skip
-    return losses
+        run.log(f'{name}, Iter[{index:05d}], Coarse/Fine/Avg Loss {coarse:.4f}/{fine:.4f}/{avg:.4f}, '
+                f'Time Elapsed {run.losses.elapsed:.2f}s')  # fmt: skip
+
+
+def end_epoch(args, run, mode, epoch, model, optimizer):
+    """Log an epoch's mean losses, halve the rates where it is time, and after a mode's last save its snapshot."""
+    name = f'{args.current_fold}{args.plane}{mode}'
+    coarse, fine, avg = run.losses.mean
+    run.log(f'{name} Epoch[{epoch + 1}], Total Coarse/Fine/Avg Loss {coarse:.4f}/{fine:.4f}/{avg:.4f}, '
+            f'Time elapsed {run.losses.elapsed:.2f}s')  # fmt: skip
+    if mode == 'J' and (epoch + 1) % args.lr_decay_epoch == 0:
+        run.log('lr decay')
+        for group in optimizer.param_groups:
+            group['lr'] *= 0.5
+    if epoch + 1 == epochs(args, mode):
+        save_snapshot(args, mode, model)
+        run.log(f'{name} {convergence(mode, avg)}')
+        run.log(f'########## end of {name} training stage!')
 
 
 def train_step(model, optimizer, mode, image, label):
@@ -184,10 +231,11 @@ def train_step(model, optimizer, mode, image, label):
     return coarse.item(), fine.item(), loss.item()
 
 
-def save_snapshot(path, model):
-    """Save the state dict; the file appears when it is complete."""
-    with whole_file(path) as file:
-        torch.save(model.state_dict(), file)
+def save_snapshot(args, mode, model):
+    """Save the state dict; the file appears when it is complete. Of several processes rank 0 does."""
+    if parallel.rank() == 0:
+        with whole_file(snapshot_path(args, mode)) as file:
+            torch.save(model.state_dict(), file)
 
 
 def convergence(mode, avg):

@@ -1,0 +1,34 @@
+"""Training on several GPUs, or several machines: training.py with a batch of as many slices as there are processes.
+
+Takes training.py's arguments, and writes what it writes. torchrun starts a process a GPU; GPU_ID lists those of a machine:
+
+    torchrun --standalone --nproc_per_node 4 training_parallel.py DATA_PATH ... 0,1,2,3 ...
+    torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 training_parallel.py ...
+
+Every process takes one slice of the batch and crops it for itself, the gradients are averaged, and rank 0 logs the batch's
+mean losses and saves. An incomplete last batch is dropped.
+"""
+
+from torch.nn.parallel import DistributedDataParallel
+
+import arguments
+import parallel
+import training
+
+
+def distribute(model, device):
+    """The model, whose gradients are averaged over all processes in every step."""
+    if parallel.world_size() == 1:
+        print('one process: torchrun starts several, see --help')
+        return model
+    # the saliency layers have no gradient in mode S
+    return DistributedDataParallel(
+        model,
+        device_ids=None if device.type == 'cpu' else [device],
+        find_unused_parameters=True,
+        gradient_as_bucket_view=True,
+    )
+
+
+if __name__ == '__main__':
+    arguments.run(lambda: training.main(distribute))
