@@ -260,13 +260,13 @@ def test_several_snapshots_of_a_plane_are_averaged(scan, snapshots, tmp_path):
 def test_networks_are_dropped_when_they_are_not_needed(snapshots):
     image = make_scan()[0]
     one = predict.Look([[path] for path in snapshots], 3, 4, (-100, 240), torch.device('cpu'))
-    mask = one.coarse(image) >= 0.5
+    score = one.coarse(image)
+    mask = (score >= 0.5).astype(np.uint8)
     assert not one.kept
-    one.predict(image, one.probability, mask.astype(np.uint8))
+    one.predict(image, score, mask)
     assert len(one.kept) == 3, 'the fine networks stay for the next round'
     two = predict.Look([[path, path] for path in snapshots], 3, 4, (-100, 240), torch.device('cpu'))
-    two.coarse(image)
-    two.predict(image, two.probability, mask.astype(np.uint8))
+    two.predict(image, two.coarse(image), mask)
     assert not two.kept
 
 

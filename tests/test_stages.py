@@ -294,19 +294,20 @@ def test_a_round_is_seen_with_the_mean_score_and_the_processed_mask_of_the_one_b
     z = Says(one_row(0.3, 0.0, 0, 0, 0, 0, 0.6, 0, 0), one_row(*[0] * 9))
     start, mask = one_row(*[0.4] * 9), np.ones((1, 1, 9), np.uint8)
     rounds = list(fine_rounds([x, y, z], None, start, mask, 0.5, 1))
-    assert [r.ravel().tolist() for r in rounds] == [
+    assert [mask.ravel().tolist() for _, mask in rounds] == [
         [1, 1, 0, 0, 0, 0, 1, 0, 0],
         [0] * 9,
     ]  # the second, empty, is the last
     assert all(tester.given[0][0] is start and tester.given[0][1] is mask for tester in (x, y, z))
     score, mask = z.given[1]
+    assert score is rounds[0][0] and mask is rounds[0][1]
     np.testing.assert_allclose(score, one_row(0.6, 0.6, 0, 0, 0, 0, 0.5, 0, 0), atol=1e-6)
     assert mask.ravel().tolist() == [1, 1, 0, 0, 0, 0, 1, 0, 0]
 
 
 def test_small_components_are_removed_from_every_fine_round():
     says = Says(one_row(1, 1, 1, 0, 1, 0, 0, 0, 0, 0))
-    mask = next(fine_rounds([says], None, one_row(*[0.4] * 10), np.ones((1, 1, 10), np.uint8), 0.5, 1))
+    _, mask = next(fine_rounds([says], None, one_row(*[0.4] * 10), np.ones((1, 1, 10), np.uint8), 0.5, 1))
     assert mask.ravel().tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
 
 
