@@ -80,9 +80,10 @@ def parse(argv=None):
         ('--rounds', 10, arguments.whole(0), 'fine rounds at most'),
         ('--stop_DSC', 0.99, arguments.number(0, 1), 'inter-iteration DSC at which two rounds agree'),
         ('--threshold', 0.5, arguments.number(0, 1), 'probability from which a voxel is organ'),
-        ('--GPU_ID', '0', str, 'number of the CUDA device, or cpu'),
     ):
         made.add_argument(name, default=default, type=kind, help=f'{text} (default {default})')
+    made.add_argument('--device', '--GPU_ID', dest='GPU_ID', default='0',
+                      help='number of the CUDA device, or cpu (default 0)')  # fmt: skip
     made.add_argument('--margin', type=arguments.whole(0),
                       help="pixels around the organ's box (default: what the snapshot's folder is named for, else 20)")  # fmt: skip
     made.add_argument('--orientation', type=orientation, metavar='WHERE',

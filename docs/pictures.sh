@@ -8,7 +8,7 @@ PYTHON=${PYTHON:-$HERE/../.venv/bin/python}
 "$PYTHON" "$HERE/phantom.py" "$DATA" "$DATA"/results/coarse2fine_testing_*/FD0:*
 
 snapshots=("$DATA"/models/snapshots/*/FD0:{X,Y,Z}J3_1_*.pkl)
-"$PYTHON" "$HERE/../OrganSegRSTN/predict.py" "$DATA/phantom/DOI/PANCREAS_0001" "$DATA/mask.nii.gz" "${snapshots[@]}" --GPU_ID cpu
+"$PYTHON" "$HERE/../OrganSegRSTN/predict.py" "$DATA/phantom/DOI/PANCREAS_0001" "$DATA/mask.nii.gz" "${snapshots[@]}" --device cpu
 "$PYTHON" "$HERE/predict.py" "$DATA/phantom/DOI/PANCREAS_0001" "$DATA/mask.nii.gz"
 
 chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,2170 \

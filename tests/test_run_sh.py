@@ -62,6 +62,7 @@ def lazy(tmp_path_factory):
 def test_lazy_mode_runs_every_stage_in_order(lazy):
     assert stages(lazy.out) == STAGES
     assert 'DEMO' not in lazy.out, 'the demo settings are for the built-in phantom only'
+    assert lazy.out.splitlines()[-1].startswith(f'written: {lazy.data}/report/index.html')
 
 
 def test_lazy_mode_leaves_all_results_of_three_planes(lazy):

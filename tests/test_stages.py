@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -481,6 +482,34 @@ def test_a_published_folder_of_volumes_without_run_json_is_taken_as_it_is(tested
     (folder / 'run.json').unlink()
     assert 'unknown settings' in succeeded(call('coarse_testing.py', *training_args(tested))).out
     assert times(folder) == before
+
+
+# --- predictions as NIfTI ------------------------------------------------------------------------------------------
+
+
+def test_every_stage_writes_its_final_predictions_beside_their_volumes(tested, call):
+    for stage in ('coarse', 'oracle'):
+        for plane in 'XYZ':
+            succeeded(call(f'{stage}_testing.py', *training_args(tested, plane), '--nifti'))
+        succeeded(call(f'{stage}_fusion.py', *fusion_args(tested), '--nifti'))
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested), '--nifti'))
+    found = sorted((tested / 'results').rglob('*.nii.gz'))
+    names = sorted(path.name for path in found)
+    assert names == sorted(f'{name}_{case}.nii.gz' for name in [*['e1111'] * 6, *['F2P'] * 2, 'R2'] for case in (1, 2))
+    for path in found:
+        stored = volume(path.with_name(path.name.replace('.nii.gz', '.npz')))
+        mask = np.asarray(nib.load(path).dataobj)
+        np.testing.assert_array_equal(mask, stored >= 128 if path.name.startswith('e') else stored != 0)
+    last = tested / FINE / 'volumes/R2_1.nii.gz'
+    last.unlink()
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested), '--nifti'))
+    assert last.exists(), 'written from the stored volumes'
+
+
+def test_a_case_that_stops_early_has_its_last_round_as_nifti(tested, call):
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested), '--nifti'))
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested), '--nifti', '--stop_DSC', 0.01))
+    assert sorted(path.name for path in (tested / FINE).rglob('*.nii.gz')) == ['R1_1.nii.gz', 'R1_2.nii.gz']
 
 
 # --- stopping early ------------------------------------------------------------------------------------------------
