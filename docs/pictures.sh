@@ -5,7 +5,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 DATA=$(realpath "$1")
 PYTHON=${PYTHON:-$HERE/../.venv/bin/python}
 
-"$PYTHON" "$HERE/phantom.py" "$DATA" "$DATA"/results/coarse2fine_testing_*/FD0:*
+"$PYTHON" "$HERE/phantom.py" "$DATA" "$DATA"/results/coarse2fine_testing_*/FD0:XJ3_1_*
 
 snapshots=("$DATA"/models/snapshots/*/FD0:{X,Y,Z}J3_1_*.pkl)
 "$PYTHON" "$HERE/../OrganSegRSTN/predict.py" "$DATA/phantom/DOI/PANCREAS_0001" "$DATA/mask.nii.gz" "${snapshots[@]}" --device cpu
