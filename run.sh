@@ -122,7 +122,7 @@ fi
 : "${COARSE2FINE_TESTING_GPU:=$CURRENT_GPU}"
 : "${FINE_FUSION_THRESHOLD:=0.5}"
 : "${MAX_ROUNDS:=10}"
-: "${WRITE_NIFTI:=0}"                   # 1: write the final predictions as .nii.gz, too, to open over their scan
+: "${WRITE_NIFTI:=0}"                   # 1: write the final predictions as .nii.gz, too; those of several organs also merged
 : "${STOP_DSC:=}"                       # end a case where two rounds agree so (0.99); empty: all rounds, as published
 : "${COARSE2FINE_TIMESTAMP1_X:=$TRAINING_TIMESTAMP}"
 : "${COARSE2FINE_TIMESTAMP1_Y:=$TRAINING_TIMESTAMP}"
@@ -289,15 +289,28 @@ if stage "$ENABLE_ORACLE_FUSION" 'oracle fusion'; then
     "$ORACLE_TIMESTAMP1_X" "$ORACLE_TIMESTAMP1_Y" "$ORACLE_TIMESTAMP1_Z"
 fi
 
+COARSE2FINE=("$COARSE2FINE_TESTING_GPU" "${RATES[@]}" "${EPOCHS[@]}" \
+  "$COARSE_FUSION_THRESHOLD" "$FINE_FUSION_THRESHOLD" "$MAX_ROUNDS" \
+  "$COARSE2FINE_TIMESTAMP1_X" "$COARSE2FINE_TIMESTAMP1_Y" "$COARSE2FINE_TIMESTAMP1_Z")
+PROBABILITY=()
+[[ $WRITE_NIFTI != 1 || $(wc -w <<<"$COARSE2FINE_TESTING_ORGAN_ID") -lt 2 ]] || PROBABILITY=(--probability)  # to merge by
+
 coarse2fine() {
   STAGE="coarse-to-fine testing of fold $fold, organ $organ"
-  run OrganSegRSTN/coarse2fine_testing.py "${ARGUMENTS[@]}" "$COARSE2FINE_TESTING_GPU" "${RATES[@]}" "${EPOCHS[@]}" \
-    "$COARSE_FUSION_THRESHOLD" "$FINE_FUSION_THRESHOLD" "$MAX_ROUNDS" \
-    "$COARSE2FINE_TIMESTAMP1_X" "$COARSE2FINE_TIMESTAMP1_Y" "$COARSE2FINE_TIMESTAMP1_Z" \
-    "${PRECISE[@]}" ${STOP_DSC:+--stop_DSC "$STOP_DSC"} ${NIFTI[@]+"${NIFTI[@]}"}
+  run OrganSegRSTN/coarse2fine_testing.py "${ARGUMENTS[@]}" "${COARSE2FINE[@]}" \
+    "${PRECISE[@]}" ${STOP_DSC:+--stop_DSC "$STOP_DSC"} ${NIFTI[@]+"${NIFTI[@]}"} ${PROBABILITY[@]+"${PROBABILITY[@]}"}
+}
+merge_organs() {
+  local fold
+  for fold in $(folds); do
+    STAGE="merging of fold $fold, organs $COARSE2FINE_TESTING_ORGAN_ID"
+    data_arguments "$fold" "$COARSE2FINE_TESTING_ORGAN_ID"
+    run OrganSegRSTN/merge_organs.py "${ARGUMENTS[@]}" "${COARSE2FINE[@]}"
+  done
 }
 if stage "$ENABLE_COARSE2FINE_TESTING" 'coarse-to-fine testing'; then
   each "$COARSE2FINE_TESTING_ORGAN_ID" coarse2fine
+  [[ -z ${PROBABILITY[*]-} ]] || merge_organs
 fi
 if stage "$ENABLE_REPORT" report; then
   run OrganSegRSTN/report.py "$DATA_PATH" --low_range "$LOW_RANGE" --high_range "$HIGH_RANGE" \

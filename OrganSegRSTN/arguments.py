@@ -59,6 +59,14 @@ def one_of(*choices):
     return parse
 
 
+def organs(text):
+    """Type of several organs, as run.sh lists them: '1 3' -> [1, 3]."""
+    found = [whole(1, 255)(word) for word in text.split()]
+    if len(found) < 2 or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of two or more different organs, such as "1 3"')
+    return found
+
+
 ARGUMENTS = {
     'data_path': (str, 'the data folder, $DATA_PATH in run.sh'),
     'current_fold': (whole(0), 'the fold that is tested, from 0'),
@@ -69,6 +77,7 @@ ARGUMENTS = {
     'slice_threshold': (number(0), 'share of the slices with the organ to train on; above 1: least number of pixels'),
     'slice_thickness': (one_of(1, 3), 'slices that the network sees at once, 1 or 3'),
     'organ_ID': (whole(1, 255), 'the organ, from 1 to organ_number'),
+    'organ_IDs': (organs, 'the organs to merge, in one argument: "1 3"'),
     'plane': (one_of('X', 'Y', 'Z'), 'X, Y or Z'),
     'GPU_ID': (str, 'number of the CUDA device, or cpu'),
     'learning_rate1': (rate, 'learning rate of the coarse network'),
@@ -111,6 +120,7 @@ _THREE_PLANES = (
 _THREE_TIMES = [f'timestamp1_{plane}' for plane in 'XYZ']
 FUSION = [*_THREE_PLANES, 'threshold', *_THREE_TIMES]
 COARSE2FINE = [*_THREE_PLANES, 'coarse_threshold', 'fine_threshold', 'max_rounds', *_THREE_TIMES]
+MERGING = ['organ_IDs' if name == 'organ_ID' else name for name in COARSE2FINE]
 FUSION_OPTIONAL = [f'timestamp2_{plane}' for plane in 'XYZ']
 
 
@@ -141,8 +151,9 @@ def add_training(made):
 def parse(made, argv=None):
     """Parse and hold the arguments against each other; a mistake prints the usage and exits with 2."""
     args = made.parse_args(argv)
-    if getattr(args, 'organ_ID', 0) > getattr(args, 'organ_number', 255):
-        made.error(f'argument organ_ID: {args.organ_ID} is above organ_number, {args.organ_number}')
+    highest = max(getattr(args, 'organ_IDs', [getattr(args, 'organ_ID', 0)]))
+    if highest > getattr(args, 'organ_number', 255):
+        made.error(f'argument organ_ID: {highest} is above organ_number, {args.organ_number}')
     if hasattr(args, 'low_range') and args.low_range >= args.high_range:
         made.error(f'argument high_range: {args.high_range:g} is not above low_range, {args.low_range:g}')
     return args

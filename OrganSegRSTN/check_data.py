@@ -6,6 +6,7 @@ several organs: of each case the axial slice that shows most of the organ, its c
 """
 
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -63,9 +64,14 @@ class Notes(dict):
             more = f' and {len(names) - 3} more' if len(names) > 3 else ''
             print(f'{kind}: {", ".join(names[:3])}{more}: {remark}' if names else f'{kind}: {remark}')
 
-    def single_out(self, name, cases):
-        """Whether there is a remark on this case that does not hold for most of the cases."""
-        return any(name in names and 2 * len(names) <= len(cases) for names in self.values())
+    def single_out(self, name, cases, organ_ID):
+        """Whether there is a remark on this case, not on another organ, that does not hold for most of the cases."""
+        return any(
+            name in names
+            and 2 * len(names) <= len(cases)
+            and set(re.findall(r'organ (\d+)', remark)) <= {str(organ_ID)}
+            for remark, names in self.items()
+        )
 
 
 def main():
@@ -288,7 +294,9 @@ def contact_sheet(path, cases, organ_ID, args, warnings):
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, case in zip(grid.flat, cases):
-        draw_tile(axes, case, organ_ID, (args.low_range, args.high_range), warnings.single_out(case.name, cases))
+        draw_tile(
+            axes, case, organ_ID, (args.low_range, args.high_range), warnings.single_out(case.name, cases, organ_ID)
+        )
     figure.suptitle(
         f'organ {organ_ID}, window {args.low_range:g} to {args.high_range:g} HU, axial slices as stored; orange: has a warning of its own',
         fontsize=10,

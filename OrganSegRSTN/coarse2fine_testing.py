@@ -2,7 +2,7 @@
 
 Round 0 is the mean of the three coarse volumes (made here where coarse_testing.py has not made them); every further
 round crops by the previous mask, weighs by the saliency of the previous probability, and averages the three planes.
-Writes results/coarse2fine_testing_*/*/results.txt and volumes/R{round}_{case}.npz.
+Writes results/coarse2fine_testing_*/*/results.txt and volumes/R{round}_{case}.npz; with --probability P_{case}.npz, too.
 """
 
 import time
@@ -33,6 +33,8 @@ def main():
     made.add_argument('--stop_DSC', type=arguments.number(0, 1), metavar='DSC',
                       help='end a case at the first round whose inter-iteration DSC reaches it (default: all rounds)')  # fmt: skip
     arguments.add_precision(made)
+    made.add_argument('--probability', action='store_true',
+                      help="store the last round's mean probability, too, as merge_organs.py needs it")  # fmt: skip
     add_option(made)
     args = arguments.parse(made)
     device = pick_device(args.GPU_ID)
@@ -43,7 +45,8 @@ def main():
     )
     folder = results_folder(args, 'coarse2fine', folder_name(args, snapshots))
     tested = read_cases(args.data_path, 'testing', args.current_fold)
-    require_snapshots(fine, [folder / 'volumes' / f'R0_{number}.npz' for number in range(1, len(tested) + 1)])
+    needed = 'P' if args.probability else 'R0'
+    require_snapshots(fine, [folder / 'volumes' / f'{needed}_{number}.npz' for number in range(1, len(tested) + 1)])
     settings = run_settings(args, tested, snapshots)
     prepare_folder(folder, settings | {'stop_DSC': args.stop_DSC or 'none'})
     for tester, checksum in zip(coarse, settings['snapshots']):
@@ -55,11 +58,7 @@ def main():
             start = time.time()
             results(f'  Testcase {number}:')
             label = case.label(args.data_path, args.organ_ID)
-            masks = stored_rounds(folder, number, label.shape, args)
-            if not finished(masks, args):
-                masks = rounds(args, case, number, coarse, fine)
-                for r, mask in enumerate(masks):
-                    save_volume(folder / 'volumes' / f'R{r}_{number}.npz', mask)
+            masks = case_rounds(args, folder, case, number, label.shape, coarse, fine)
             export(args, folder / 'volumes' / f'R{len(masks) - 1}_{number}.npz', masks[-1], case)
             cases.append(report_rounds(results, label, masks))
             print(f'    {case.image_file}: {time.time() - start:.1f} s', flush=True)
@@ -71,6 +70,26 @@ def folder_name(args, snapshots):
     names = ','.join(name.removeprefix(f'FD{args.current_fold}:').removesuffix('.pkl') for name in snapshots)
     thresholds = f'{args.coarse_threshold}_{args.fine_threshold}'
     return f'FD{args.current_fold}:{names}:{epoch_name(args)}_{thresholds},{args.max_rounds}'
+
+
+def case_rounds(args, folder, case, number, shape, coarse, fine):
+    """The masks of a case's rounds: those stored, or made and stored here, with P_{case}.npz where that is asked for."""
+    masks = stored_rounds(folder, number, shape, args)
+    probability = probability_file(folder, number)
+    lacking = args.probability and load_volume(probability, shape) is None
+    if lacking or not finished(masks, args):
+        probability.unlink(missing_ok=True)  # stored last: where it is, the rounds beside it are those it belongs to
+        masks, score = rounds(args, case, number, coarse, fine)
+        for r, mask in enumerate(masks):
+            save_volume(folder / 'volumes' / f'R{r}_{number}.npz', mask)
+        if args.probability:
+            save_volume(probability, to_bytes(score))
+    return masks
+
+
+def probability_file(folder, number):
+    """The mean probability of a case's last round."""
+    return folder / 'volumes' / f'P_{number}.npz'
 
 
 def stored_rounds(folder, number, shape, args):
@@ -100,14 +119,17 @@ def agreement(before, mask):
 
 
 def rounds(args, case, number, coarse, fine):
-    """The masks (W, H, L) uint8 of round 0 and on, until they are finished; after an empty one all are empty."""
+    """(masks, score) of a case: the masks (W, H, L) uint8 of round 0 and on until they are finished, after an empty one
+    all empty; the mean probability, float32, of the last round that was needed.
+    """
     image = case.image(args.data_path)
     score = coarse_probability([coarse_volume(args, tester, image, number) for tester in coarse])
     masks = [(score >= args.fine_threshold).astype(np.uint8)]
     looks = fine_rounds(fine, image, score, masks[0], args.fine_threshold, args.organ_ID)
     while not finished(masks, args):
-        masks.append(next(looks, np.zeros_like(masks[0])))
-    return masks
+        score, mask = next(looks, (score, np.zeros_like(masks[0])))
+        masks.append(mask)
+    return masks, score
 
 
 def coarse_folder(args, tester):

@@ -26,11 +26,16 @@ def add_option(made):
 def export(args, npz, mask, case):
     """Where --nifti was given: write the mask (W, H, L) of a utils.Case beside its .npz, axes as in the array."""
     if getattr(args, 'nifti', False):
-        name = Path(case.image_file).stem
-        geometry = load_geometry(geometry_file(args.data_path, name))
-        if not known(geometry):
-            _say_unplaced(name)
-        write_nifti(npz.with_suffix('.nii.gz'), mask.astype(np.uint8), affine_header(geometry))
+        write_on_scan(npz.with_suffix('.nii.gz'), mask, case, args.data_path)
+
+
+def write_on_scan(path, volume, case, data_path):
+    """Write a volume (W, H, L) of a utils.Case as uint8, where geometry/CASE.json says that its array lies."""
+    name = Path(case.image_file).stem
+    geometry = load_geometry(geometry_file(data_path, name))
+    if not known(geometry):
+        _say_unplaced(name)
+    write_nifti(path, volume.astype(np.uint8), affine_header(geometry))
 
 
 def known(geometry):

@@ -80,9 +80,10 @@ def parse(argv=None):
         ('--rounds', 10, arguments.whole(0), 'fine rounds at most'),
         ('--stop_DSC', 0.99, arguments.number(0, 1), 'inter-iteration DSC at which two rounds agree'),
         ('--threshold', 0.5, arguments.number(0, 1), 'probability from which a voxel is organ'),
-        ('--GPU_ID', '0', str, 'number of the CUDA device, or cpu'),
     ):
         made.add_argument(name, default=default, type=kind, help=f'{text} (default {default})')
+    made.add_argument('--device', '--GPU_ID', dest='GPU_ID', default='0',
+                      help='number of the CUDA device, or cpu (default 0)')  # fmt: skip
     made.add_argument('--margin', type=arguments.whole(0),
                       help="pixels around the organ's box (default: what the snapshot's folder is named for, else 20)")  # fmt: skip
     made.add_argument('--orientation', type=orientation, metavar='WHERE',
@@ -232,28 +233,23 @@ def turns(geometry, codes):
 class Look:
     """The networks of three planes. Only those in use are in memory: of one snapshot a plane the fine ones stay,
     of several each is read when its turn comes.
-
-    `probability`: (W, H, L) float32, mean of the planes at the last look.
     """
 
     def __init__(self, snapshots, thickness, margin, window, device, precision):
         self.snapshots, self.thickness, self.margin = snapshots, thickness, margin
         self.window, self.device, self.precision = window, device, precision
         self.kept = {}
-        self.probability = None
 
     def coarse(self, image):
         """Coarse probability of `image` (W, H, L) HU, stored and averaged as coarse testing does."""
         planes = [to_bytes(self.plane('C', i, image)) for i in range(len(PLANES))]
         self.kept.clear()
-        self.probability = coarse_probability(planes)
-        return self.probability
+        return coarse_probability(planes)
 
     def predict(self, image, score, mask):
         """Fine probability, given that of the previous round and its mask."""
         planes = [self.plane('F', i, image, score=score, mask=mask) for i in range(len(PLANES))]
-        self.probability = sum(planes) / np.float32(len(planes))
-        return self.probability
+        return sum(planes) / np.float32(len(planes))
 
     def plane(self, TEST, i, image, **volumes):
         """Mean probability of a plane's networks."""
@@ -274,15 +270,16 @@ def segment(image, look, rounds, stop_DSC, threshold):
     mask = (score >= threshold).astype(np.uint8)
     print(f'coarse: {np.count_nonzero(mask)} voxels, {time.time() - start:.1f} s', flush=True)
     done, start = 0, time.time()
-    for done, after in zip(range(1, rounds + 1), fine_rounds([look], image, score, mask, threshold, organ_ID=1)):
-        inter, mask = agreement(mask, after), after
+    looks = fine_rounds([look], image, score, mask, threshold, organ_ID=1)
+    for done, (probability, after) in zip(range(1, rounds + 1), looks):
+        inter, mask, score = agreement(mask, after), after, probability
         print(f'round {done}: {inter.pred} voxels, inter-iteration DSC = {inter.value:.4f}, '
               f'{time.time() - start:.1f} s', flush=True)  # fmt: skip
         if inter.value >= stop_DSC:
             break
         start = time.time()
     print(f'rounds used: {done}')
-    return mask, look.probability
+    return mask, score
 
 
 def print_volume(mask, geometry):

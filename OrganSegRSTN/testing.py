@@ -146,13 +146,13 @@ def coarse_probability(volumes):
 
 
 def fine_rounds(testers, image, score, mask, threshold, organ_ID):
-    """Rounds 1, 2, ... (section 3.3, algorithm 1): yields the mask, uint8, of each; ends when one is empty.
+    """Rounds 1, 2, ... (section 3.3, algorithm 1): yields (score, mask) of each; ends when a mask is empty.
 
-    testers: of TEST 'F', one a plane; score: the previous round's probability; mask: its organ.
+    testers: of TEST 'F', one a plane; score: the previous round's mean probability, float32; mask: its organ, uint8.
     """
     while mask.any():
         planes = [tester.predict(image, score=score, mask=mask) for tester in testers]
         score = sum(planes) / np.float32(len(planes))
         mask = (score >= threshold).astype(np.uint8)
         mask = post_processing(mask, mask.copy(), 0.5, organ_ID)
-        yield mask
+        yield score, mask

@@ -136,6 +136,12 @@ def coarse2fine_args(data, rounds=2, epochs=(1, 1, 1, 1), timestamp='_'):
     return [data, *BEGIN, 'cpu', *RATES, *epochs, 0.5, 0.5, rounds, *[timestamp] * 3]
 
 
+def merge_args(data, organs='1 2', **settings):
+    """Positionals of merge_organs.py on the tiny data; settings as for coarse2fine_args."""
+    args = coarse2fine_args(data, **settings)
+    return [args[0], args[1], 2, *args[3:7], organs, *args[8:]]
+
+
 def pretrain_args(data, fold=0, epochs=1):
     """Positionals of pretrain.py on the tiny data, and a narrow width."""
     return [data, fold, *BEGIN[1:], 'cpu', epochs, '--width', 4]

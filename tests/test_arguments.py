@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CODE, REPO, coarse2fine_args, fusion_args, pretrain_args, run_script, training_args
+from conftest import CODE, REPO, coarse2fine_args, fusion_args, merge_args, pretrain_args, run_script, training_args
 
 import arguments
 
@@ -21,6 +21,7 @@ COMMANDS = {
     'coarse_fusion.py': fusion_args('data'),
     'oracle_fusion.py': fusion_args('data'),
     'coarse2fine_testing.py': coarse2fine_args('data'),
+    'merge_organs.py': merge_args('data'),
 }
 
 TO_ORGAN = 'data_path current_fold organ_number low_range high_range slice_threshold slice_thickness organ_ID'

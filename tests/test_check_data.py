@@ -111,6 +111,15 @@ def test_the_contact_sheet_shows_every_case_with_its_contour(cohort, call):
     assert [tile.any() for tile in tiles] == [True] * 7 + [False]
 
 
+def test_a_case_is_singled_out_on_the_sheet_of_the_organ_that_is_odd():
+    warnings = check_data.Notes()
+    warnings.add('organ 1: unusual mean HU, 89 where 34 is the median', 'a')
+    warnings.add('the image is float64, usual is int16', 'b')
+    warnings.add('over 25% of organ 2 lie outside the intensity window', 'a', 'b', 'c')
+    found = [[warnings.single_out(case, 'abcd', organ) for case in 'abcd'] for organ in (1, 2)]
+    assert found == [[True, True, False, False], [False, True, False, False]]
+
+
 # --- suspicious ----------------------------------------------------------------------------------------------------
 
 SPOILED = {

@@ -90,7 +90,7 @@ def scan(tmp_path):
 def predicted(*arguments):
     """Run predict.py on the CPU, within this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', ['predict.py', *map(str, arguments), '--GPU_ID', 'cpu'])
+        patch.setattr(sys, 'argv', ['predict.py', *map(str, arguments), '--device', 'cpu'])
         predict.main()
 
 
@@ -260,13 +260,13 @@ def test_several_snapshots_of_a_plane_are_averaged(scan, snapshots, tmp_path):
 def test_networks_are_dropped_when_they_are_not_needed(snapshots):
     image = make_scan()[0]
     one = predict.Look([[path] for path in snapshots], 3, 4, (-100, 240), torch.device('cpu'), 'fp32')
-    mask = one.coarse(image) >= 0.5
+    score = one.coarse(image)
+    mask = (score >= 0.5).astype(np.uint8)
     assert not one.kept
-    one.predict(image, one.probability, mask.astype(np.uint8))
+    one.predict(image, score, mask)
     assert len(one.kept) == 3, 'the fine networks stay for the next round'
     two = predict.Look([[path, path] for path in snapshots], 3, 4, (-100, 240), torch.device('cpu'), 'fp32')
-    two.coarse(image)
-    two.predict(image, two.probability, mask.astype(np.uint8))
+    two.predict(image, two.coarse(image), mask)
     assert not two.kept
 
 
@@ -380,6 +380,12 @@ def test_a_file_that_is_no_snapshot_is_refused(scan, snapshots, tmp_path, call):
     torch.save({'fc6.weight': torch.zeros(1)}, tmp_path / 'fcn.pth')
     refused(call('predict.py', scan, tmp_path / 'm.nii', x, y, tmp_path / 'fcn.pth'), 'fcn.pth: not an RSTN snapshot')
     refused(call('predict.py', scan, tmp_path / 'm.nii', x, y, tmp_path / 'none.pkl'), 'none.pkl', 'no such')
+
+
+@pytest.mark.parametrize('name', ['--device', '--GPU_ID'])
+def test_the_device_goes_by_its_name_in_the_stages_too(name, scan, snapshots, tmp_path, call):
+    done = call('predict.py', scan, tmp_path / 'm.nii', *snapshots, '--rounds', 0, name, 'cpu')
+    assert done.code == 0 and done.out.startswith('device: CPU') and '(as asked)' in done.out
 
 
 def test_options_are_checked_before_any_work(scan, snapshots, tmp_path, call):

@@ -630,3 +630,18 @@ def test_the_page_in_a_browser(golden, report, browser, tmp_path):
     assert browser.save_screenshot(str(tmp_path / 'report.png'))
     assert (tmp_path / 'report.png').stat().st_size > 10_000
     assert browser.get_log('browser') == []
+
+
+def test_it_fits_a_laptop_and_prints_without_its_controls(golden, report, browser):
+    report(golden)
+    browser.get((golden / 'report' / 'index.html').as_uri())
+    fits = 'return document.documentElement.scrollWidth <= document.documentElement.clientWidth'
+    assert browser.execute_script(fits)
+    shown = (
+        'return [".plane input", "nav a", "path.label"].map(s => getComputedStyle(document.querySelector(s)).display)'
+    )
+    assert browser.execute_script(shown) == ['block', 'block', 'inline']
+    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', {'media': 'print'})
+    assert browser.execute_script(shown) == ['none', 'none', 'inline']
+    browser.execute_cdp_cmd('Emulation.setEmulatedMedia', {'media': ''})
+    assert len(browser.execute_cdp_cmd('Page.printToPDF', {})['data']) > 10_000

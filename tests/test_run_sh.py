@@ -62,6 +62,7 @@ def lazy(tmp_path_factory):
 def test_lazy_mode_runs_every_stage_in_order(lazy):
     assert stages(lazy.out) == STAGES
     assert 'DEMO' not in lazy.out, 'the demo settings are for the built-in phantom only'
+    assert lazy.out.splitlines()[-1].startswith(f'written: {lazy.data}/report/index.html')
 
 
 def test_lazy_mode_leaves_all_results_of_three_planes(lazy):
@@ -232,6 +233,19 @@ def test_fold_A_and_several_organs_are_all_folds_of_each(tmp_path, parsed):
     found = [parsed(*command) for command in commands(done.stdout)]
     assert [(args.current_fold, args.organ_ID) for args in found] == [(0, 1), (0, 3), (1, 1), (1, 3)]
     assert {(args.GPU_ID, args.stop_DSC) for args in found} == {('0', 0.99)}
+
+
+def test_several_organs_as_nifti_are_merged_fold_by_fold_after_all_are_tested(tmp_path, parsed):
+    flags = {'DRY_RUN': 1, 'ENABLE_COARSE2FINE_TESTING': 1, 'DATA_PATH': tmp_path, 'CURRENT_FOLD': 'A', 'FOLDS': 2,
+             'ORGAN_NUMBER': 3, 'WRITE_NIFTI': 1, 'STOP_DSC': '0.99'}  # fmt: skip
+    found = [parsed(*command) for command in commands(run_sh(**flags, CURRENT_ORGAN_ID='1 3').stdout)]
+    tests, merges = found[:4], found[4:]
+    assert all(args.probability and args.nifti for args in tests)
+    assert [(args.current_fold, args.organ_IDs) for args in merges] == [(0, [1, 3]), (1, [1, 3])]
+    shared = vars(tests[0]).keys() & vars(merges[0]).keys() - {'organ_ID'}
+    assert {name: getattr(tests[0], name) for name in shared} == {name: getattr(merges[0], name) for name in shared}
+    assert len(commands(run_sh(**flags, CURRENT_ORGAN_ID=' 1 ').stdout)) == 2, 'one organ: nothing to merge'
+    assert len(commands(run_sh(**flags | {'WRITE_NIFTI': 0}, CURRENT_ORGAN_ID='1 3').stdout)) == 4
 
 
 def test_the_demos_settings_go_with_its_folder_which_takes_no_other_scans(tmp_path, parsed):

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -303,19 +304,20 @@ def test_a_round_is_seen_with_the_mean_score_and_the_processed_mask_of_the_one_b
     z = Says(one_row(0.3, 0.0, 0, 0, 0, 0, 0.6, 0, 0), one_row(*[0] * 9))
     start, mask = one_row(*[0.4] * 9), np.ones((1, 1, 9), np.uint8)
     rounds = list(fine_rounds([x, y, z], None, start, mask, 0.5, 1))
-    assert [r.ravel().tolist() for r in rounds] == [
+    assert [mask.ravel().tolist() for _, mask in rounds] == [
         [1, 1, 0, 0, 0, 0, 1, 0, 0],
         [0] * 9,
     ]  # the second, empty, is the last
     assert all(tester.given[0][0] is start and tester.given[0][1] is mask for tester in (x, y, z))
     score, mask = z.given[1]
+    assert score is rounds[0][0] and mask is rounds[0][1]
     np.testing.assert_allclose(score, one_row(0.6, 0.6, 0, 0, 0, 0, 0.5, 0, 0), atol=1e-6)
     assert mask.ravel().tolist() == [1, 1, 0, 0, 0, 0, 1, 0, 0]
 
 
 def test_small_components_are_removed_from_every_fine_round():
     says = Says(one_row(1, 1, 1, 0, 1, 0, 0, 0, 0, 0))
-    mask = next(fine_rounds([says], None, one_row(*[0.4] * 10), np.ones((1, 1, 10), np.uint8), 0.5, 1))
+    _, mask = next(fine_rounds([says], None, one_row(*[0.4] * 10), np.ones((1, 1, 10), np.uint8), 0.5, 1))
     assert mask.ravel().tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
 
 
@@ -500,6 +502,34 @@ def test_a_published_folder_of_volumes_without_run_json_is_taken_as_it_is(tested
     (folder / 'run.json').unlink()
     assert 'unknown settings' in succeeded(call('coarse_testing.py', *training_args(tested))).out
     assert times(folder) == before
+
+
+# --- predictions as NIfTI ------------------------------------------------------------------------------------------
+
+
+def test_every_stage_writes_its_final_predictions_beside_their_volumes(tested, call):
+    for stage in ('coarse', 'oracle'):
+        for plane in 'XYZ':
+            succeeded(call(f'{stage}_testing.py', *training_args(tested, plane), '--nifti'))
+        succeeded(call(f'{stage}_fusion.py', *fusion_args(tested), '--nifti'))
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested), '--nifti'))
+    found = sorted((tested / 'results').rglob('*.nii.gz'))
+    names = sorted(path.name for path in found)
+    assert names == sorted(f'{name}_{case}.nii.gz' for name in [*['e1111'] * 6, *['F2P'] * 2, 'R2'] for case in (1, 2))
+    for path in found:
+        stored = volume(path.with_name(path.name.replace('.nii.gz', '.npz')))
+        mask = np.asarray(nib.load(path).dataobj)
+        np.testing.assert_array_equal(mask, stored >= 128 if path.name.startswith('e') else stored != 0)
+    last = tested / FINE / 'volumes/R2_1.nii.gz'
+    last.unlink()
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested), '--nifti'))
+    assert last.exists(), 'written from the stored volumes'
+
+
+def test_a_case_that_stops_early_has_its_last_round_as_nifti(tested, call):
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested), '--nifti'))
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested), '--nifti', '--stop_DSC', 0.01))
+    assert sorted(path.name for path in (tested / FINE).rglob('*.nii.gz')) == ['R1_1.nii.gz', 'R1_2.nii.gz']
 
 
 # --- stopping early ------------------------------------------------------------------------------------------------

@@ -334,6 +334,20 @@ def test_thickness_1_trains(data, call):
         assert load_weights(data / SNAPSHOTS / f'FD0:X{mode}1_1.pkl')['saliency2.weight'].shape == (1, 1, 5, 5)
 
 
+def test_fine_iterations_are_told_to_training_and_weighed_as_in_the_paper(trained, data, call):
+    """One coarse and T = 2 fine losses: 1/5 and 2/5 each; `Fine` is the mean of the two."""
+    pretrained = trained.data / 'models/pretrained/fcn8s_FD0_1.pth'
+    done = call('training.py', *training_args(data), '--pretrained', pretrained, '--fine_iterations', 2)
+    assert done.code == 0, done.err
+    steps = re.findall(r'^0Z([SIJ]) Epoch\[1/1\], Iter.* Loss ([\d.]+)/([\d.]+)/([\d.]+),', done.out, re.M)
+    assert {mode for mode, *_ in steps} == set('SIJ')
+    for mode, *losses in steps:
+        coarse, fine, avg = map(float, losses)
+        weights = (1 / 3, 2 / 3) if mode == 'S' else (1 / 5, 4 / 5)
+        assert avg == pytest.approx(weights[0] * coarse + weights[1] * fine, abs=2e-4), mode
+    load_RSTN(data / SNAPSHOTS / 'FD0:ZJ3_1.pkl', 'F', 3, 4, CPU)  # one shared fine network: tested as any other
+
+
 def test_loading_by_processes_gives_the_same_set(trained, data, call):
     args = training_args(data, epochs=(1, 0, 0, 1))
     pretrained = trained.data / 'models/pretrained/fcn8s_FD0_1.pth'

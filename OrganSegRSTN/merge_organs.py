@@ -1,0 +1,92 @@
+"""Merge the coarse-to-fine predictions of several organs: one NIfTI a test case, each voxel with its organ's number.
+
+A voxel belongs to the organ of the highest mean probability among those whose last round holds it (where two are equal,
+the one named first). Reads what `coarse2fine_testing.py --probability` has stored of each organ; the arguments are the
+same, but for the list of organs. Writes results/merged_*/*/CASE.nii.gz, on the grid that geometry/CASE.json tells, and
+results.txt: the DSC of each organ after merging.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+
+import arguments
+from coarse2fine_testing import finished, folder_name, probability_file, stored_rounds
+from nifti import write_on_scan
+from results import Results, read_settings
+from utils import (
+    PLANES,
+    DSC_computation,
+    find_snapshot,
+    load_volume,
+    read_cases,
+    results_folder,
+    snapshot_name,
+    training_settings,
+)
+
+
+def main():
+    args = arguments.parse(arguments.parser(__doc__, arguments.MERGING, arguments.FUSION_OPTIONAL))
+    print('device: CPU (merging needs no other)')
+    tested = {organ: tested_organ(args, organ) for organ in args.organ_IDs}
+    folder = merged_folder(args)
+    for file in folder.glob('*.nii.gz'):  # of other cases, maybe
+        file.unlink()
+    scores = {organ: [] for organ in tested}
+    with Results(folder) as results:
+        results(f'Merging organs {", ".join(map(str, tested))}:')
+        for number, case in enumerate(read_cases(args.data_path, 'testing', args.current_fold), 1):
+            results(f'  Testcase {number}:')
+            labels = {organ: case.label(args.data_path, organ) for organ in tested}
+            merged = merge({organ: last_round(tested[organ], number, labels[organ].shape) for organ in tested})
+            write_on_scan(folder / f'{Path(case.image_file).stem}.nii.gz', merged, case, args.data_path)
+            for organ, label in labels.items():
+                score = DSC_computation(label, merged == organ)
+                results(f'    DSC of organ {organ} = {score} .')
+                scores[organ].append(score.value)
+        for organ, values in scores.items():
+            results(f'Average DSC of organ {organ} = {results.average(values)[0]} .')
+
+
+def tested_organ(args, organ):
+    """The arguments with which coarse2fine_testing.py tested an organ, and the `folder` of what it stored."""
+    args = Namespace(**vars(args) | {'organ_ID': organ})
+    snapshots = [find_snapshot(args, plane, getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
+    args.folder = results_folder(args, 'coarse2fine', folder_name(args, snapshots))
+    stop_DSC = (read_settings(args.folder / 'run.json') or {}).get('stop_DSC')
+    args.stop_DSC = stop_DSC if isinstance(stop_DSC, float) else None
+    return args
+
+
+def last_round(tested, number, shape):
+    """(mask, mean probability as round(255 p)), (W, H, L) uint8, of the last round of a case of a tested organ."""
+    masks = stored_rounds(tested.folder, number, shape, tested)
+    probability = load_volume(probability_file(tested.folder, number), shape)
+    if probability is None or not finished(masks, tested):
+        raise FileNotFoundError(
+            f'{tested.folder}: case {number} is not whole; run coarse2fine_testing.py --probability of organ '
+            f'{tested.organ_ID} first'
+        )
+    return masks[-1], probability
+
+
+def merge(found):
+    """Organ numbers (W, H, L) uint8, 0 where there is none, of {organ: (mask, probability)}, both uint8."""
+    merged, highest = np.zeros((2, *next(iter(found.values()))[0].shape), np.uint8)
+    for organ, (mask, probability) in found.items():
+        taken = (mask != 0) & ((merged == 0) | (probability > highest))
+        merged[taken], highest[taken] = organ, probability[taken]
+    return merged
+
+
+def merged_folder(args):
+    """results/merged_1e-5x10,20/FD0:XJ3_1+3,...: named as coarse to fine names an organ's folder, for all of them."""
+    args = Namespace(**vars(args) | {'organ_ID': '+'.join(map(str, args.organ_IDs))})
+    snapshots = [snapshot_name(args, plane, 'J', getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
+    return Path(args.data_path, 'results', f'merged_{training_settings(args)}', folder_name(args, snapshots))
+
+
+if __name__ == '__main__':
+    arguments.run(main)
