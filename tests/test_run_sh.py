@@ -72,7 +72,7 @@ def test_lazy_mode_leaves_all_results_of_three_planes(lazy):
     for name in logs:
         assert (lazy.data / 'logs' / name).read_text().splitlines()[-1].endswith('J training stage!')
     snapshots = lazy.data / 'models/snapshots/SIJ_training_1e-5x10,20'
-    assert sorted(path.name for path in snapshots.iterdir()) == sorted(
+    assert sorted(path.name for path in snapshots.glob('*.pkl')) == sorted(
         f'FD0:{plane}{mode}3_1_{stamp}.pkl' for plane in 'XYZ' for mode in 'SIJ'
     )
     x, y, z = (f'{plane}J3_1_{stamp}' for plane in 'XYZ')
