@@ -18,6 +18,7 @@ from pathlib import Path
 import jinja2
 
 import arguments
+from claims import read_json
 from measures import TOLERANCE
 from report_data import AGREEMENTS, Source, read_logs, read_results
 from report_pictures import COLOURS, COLUMNS, draw_losses, write_chart
@@ -94,25 +95,33 @@ def read_reference(path):
 
     ValueError names what is not a figure.
     """
+    figures = {}
     try:
-        content = json.loads(Path(path).read_text(encoding='utf-8'))
+        content = read_json(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such reference file') from None
+    except ValueError as error:
+        raise no_reference(path, error) from None
+    try:
         runs = content.get('runs') or [{'results': {k: v for k, v in content.items() if isinstance(v, dict)}}]
-        figures = {}
         for run in reversed(runs):  # the first run of an organ counts
             results = {key: value.get('all', value) for key, value in run['results'].items()}
             figures[run.get('organ')] = {key: checked_figures(path, key, value) for key, value in results.items()}
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such reference file') from None
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f'{path}: not a reference ({error!r}); '
-            'it should read {"name": "...", "coarse2fine": {"mean": 0.8462}}, or be a summary.json'
-        ) from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise no_reference(path, error) from None
     if not any(figures.values()):
         raise ValueError(
             f'{path}: holds no figures; it should read {{"name": "...", "coarse2fine": {{"mean": 0.8462}}}}'
         )
     return {'name': str(content.get('name') or Path(path).name), 'figures': figures}
+
+
+def no_reference(path, error):
+    """The ValueError to raise where a file is no reference."""
+    return ValueError(
+        f'{path}: not a reference ({error!r}); '
+        'it should read {"name": "...", "coarse2fine": {"mean": 0.8462}}, or be a summary.json'
+    )
 
 
 def checked_figures(path, key, values):
