@@ -37,9 +37,10 @@ def find_files(pattern):
     """{case: [path, ...]} of the NIfTI files that match a pattern; what its last * stands for is the case."""
     parts = Path(pattern).parts
     place = max(i for i, part in enumerate(parts) if '*' in part)
-    told = re.compile(
-        '(.*)'.join(re.escape(piece) for piece in re.sub(r'\.nii(\.gz|\*)?$', '', parts[place]).split('*'))
-    )
+    named = re.sub(r'\.nii(\.gz|\*)?$', '', parts[place]).split('*')
+    if len(named) == 1:
+        raise ValueError(f'{pattern}: no * in it that stands for the case')
+    told = re.compile('(.*)'.join(map(re.escape, named)), re.DOTALL)
     cases = defaultdict(list)
     for path in sorted(map(Path, glob.glob(pattern))):
         match = told.fullmatch(NIFTI.sub('', path.parts[place]))

@@ -14,12 +14,14 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import pydicom
-from pydicom.uid import UID_dictionary
+from pydicom.uid import DeflatedExplicitVRLittleEndian, UID_dictionary
 
-from geometry import Geometry, nifti_geometry
+from claims import MOST_VOXELS
+from geometry import Geometry, lays_out, nifti_geometry, nifti_header
 
-MOST_VOXELS = 2**31  # a header that claims more is taken for broken
-DEFLATE_AT_BEST = 1100  # no gzip file grows by more when it is unpacked
+DEFLATE_AT_BEST = 1100  # no gzip file grows by more when it is unpacked, and no compressed slice of a scan does
+MOST_PIXELS = 2**26  # of one slice
+FARTHEST = 1 << 24  # bytes that a NIfTI file may hold before its array
 TILT = np.sin(np.radians(0.5))  # between the slices' normal and the way from slice to slice
 UNEVEN = 0.1  # of the spacing, that a gap between slices may differ from it
 
@@ -115,6 +117,9 @@ def _image_files(folder, say):
 def _dataset(path, **options):
     """pydicom's Dataset of a file: of the header alone where `specific_tags` are asked for."""
     try:
+        syntax = pydicom.filereader.read_file_meta_info(path).get('TransferSyntaxUID')
+        if syntax == DeflatedExplicitVRLittleEndian:
+            raise ValueError('it is deflated as a whole, to be unpacked to any size; save it without')
         return pydicom.dcmread(path, stop_before_pixels='specific_tags' in options, **options)
     except OSError:
         raise
@@ -124,11 +129,16 @@ def _dataset(path, **options):
         raise ValueError(f'{path}: not a readable DICOM file ({error})') from None
 
 
+def modality(path):
+    """The modality that a DICOM file names, such as CT; '' where it names none."""
+    return str(_dataset(path, specific_tags=['Modality']).get('Modality') or '')
+
+
 def _header(path):
     """The Slice of a file; ValueError where it is no plain slice of grey values."""
     tags = (
-        'SeriesInstanceUID InstanceNumber Rows Columns PixelSpacing ImageOrientationPatient ImagePositionPatient '
-        'SliceThickness SpacingBetweenSlices NumberOfFrames SamplesPerPixel PhotometricInterpretation'
+        'SeriesInstanceUID InstanceNumber Rows Columns BitsAllocated PixelSpacing ImageOrientationPatient '
+        'ImagePositionPatient SliceThickness SpacingBetweenSlices NumberOfFrames SamplesPerPixel PhotometricInterpretation'
     ).split()
     dataset = _dataset(path, specific_tags=tags)
     try:
@@ -142,18 +152,33 @@ def _header(path):
             raise ValueError(f'a colour image ({kind}), not a slice of grey values')
         if values['InstanceNumber'] is None:
             raise ValueError('no InstanceNumber to order it by')
+        size = int(values['Rows']), int(values['Columns'])
+        _check_room(path, size, int(values['BitsAllocated'] or 0), dataset.file_meta.get('TransferSyntaxUID'))
+        thickness = float(values['SpacingBetweenSlices'] or values['SliceThickness'] or 1)
         return Slice(
             path,
             str(values['SeriesInstanceUID']),
             int(values['InstanceNumber']),
-            (values['Rows'], values['Columns']),
+            size,
             _numbers(values['PixelSpacing'], (2,)),
             _numbers(values['ImageOrientationPatient'], (2, 3)),
             _numbers(values['ImagePositionPatient'], (3,)),
-            float(values['SpacingBetweenSlices'] or values['SliceThickness'] or 1),
+            thickness,
         )
-    except (ValueError, TypeError, OverflowError) as error:
+    except Exception as error:  # a value is parsed when it is asked for, see _dataset
         raise ValueError(f'{path}: {error}') from None
+
+
+def _check_room(path, size, bits, syntax):
+    """Refuse, before memory is taken, a header that claims more pixels than its file can hold."""
+    if not syntax:
+        raise ValueError('no TransferSyntaxUID that tells how its pixels are stored')
+    room = os.path.getsize(path) * (DEFLATE_AT_BEST if syntax.is_compressed else 1)
+    pixels = size[0] * size[1]
+    if min(size) < 1 or pixels > MOST_PIXELS or pixels * max(bits, 8) > 8 * room:
+        raise ValueError(
+            f'its header claims {size} pixels of {bits} bits, more than the file can hold; is it truncated?'
+        )
 
 
 def _numbers(value, shape):
@@ -224,6 +249,10 @@ def _affine(slices):
         step = (last.position - first.position) / (len(slices) - 1)
     affine = np.eye(4)
     affine[:3] = np.stack([down * first.spacing[0], across * first.spacing[1], step, first.position], axis=1)
+    if not lays_out(affine):
+        raise ValueError(
+            f'{first.path}: spacing {first.spacing.tolist()} and {first.thickness} mm are no voxel of a scan'
+        )
     return np.diag([-1, -1, 1, 1]) @ affine  # LPS -> RAS
 
 
@@ -291,10 +320,10 @@ def read_nifti_label(path):
 def read_nifti(path):
     """(array of numbers, Geometry) of a 3D NIfTI file, axes as in the file."""
     with _readable(path):
-        image = nib.load(path)
-    _check_claims(image, path)
+        header = nifti_header(path)
+    _check_claims(header, path)
     with _readable(path):
-        return np.asanyarray(image.dataobj), nifti_geometry(image, path)
+        return np.asanyarray(nib.arrayproxy.ArrayProxy(path, header)), nifti_geometry(header, path)
 
 
 @contextlib.contextmanager
@@ -308,17 +337,17 @@ def _readable(path):
         raise ValueError(f'{path}: not a readable NIfTI file; is it truncated? ({error})') from None
 
 
-def _check_claims(image, path):
+def _check_claims(header, path):
     """Refuse, before memory is taken, what is not 3D numbers or claims more voxels than the file can hold."""
-    if not isinstance(image, nib.Nifti1Pair):
-        raise ValueError(f'{path}: not a NIfTI file')
-    shape, kind = image.shape, image.get_data_dtype()
+    with _readable(path):
+        shape, kind, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f'{path}: shape {shape}, where one 3D volume is expected')
     if kind.kind not in 'iufb':
         raise ValueError(f'{path}: it holds {kind}, not plain numbers')
     voxels = math.prod(shape)
-    data = Path(image.file_map['image'].filename)
-    room = os.path.getsize(data) * (DEFLATE_AT_BEST if data.suffix == '.gz' else 1)
+    room = os.path.getsize(path) * (DEFLATE_AT_BEST if str(path).endswith('.gz') else 1)
     if voxels > MOST_VOXELS or voxels * kind.itemsize > room:
         raise ValueError(f'{path}: its header claims {shape} voxels, more than the file can hold; is it truncated?')
+    if offset > FARTHEST:
+        raise ValueError(f'{path}: its header claims that the voxels begin at byte {offset}, which no scan needs')

@@ -8,8 +8,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from fusion import FUSIONS
 from results import read_settings
 from utils import PLANES, Dice, DSC_computation, read_cases, read_volume
@@ -68,11 +66,7 @@ class Source:
     @staticmethod
     def _geometry(path):
         found = load_geometry(path)
-        if found is None or found.holds == 'nothing':
-            return None
-        if not (np.isfinite(found.affine).all() and found.spacing.min() > 0):
-            raise ValueError(f'{path}: spacing {found.spacing.tolist()} is not three positive numbers')
-        return found
+        return None if found is None or found.holds == 'nothing' else found
 
 
 # --- a result folder -----------------------------------------------------------------------------------------------

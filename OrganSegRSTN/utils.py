@@ -215,7 +215,9 @@ def name_fault(name):
     """What keeps a case's name out of the lists and lines that it would stand in; '' where nothing does."""
     if re.search(r'\s', name):
         return 'white space'
-    return '' if name.isprintable() else 'characters that cannot be printed'
+    if not name.isprintable():
+        return 'characters that cannot be printed'
+    return '' if name else 'nothing'
 
 
 def slice_list(data_path, plane):

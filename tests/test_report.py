@@ -352,7 +352,7 @@ BROKEN = {
     'an image of another shape': ('images/0001.npy', lambda f: np.save(f, np.ones((3, 3, 3))), 'does not fit its label'),
     'a broken geometry': ('geometry/0001.json', lambda f: f.write_text('{'), 'geometry/0001.json: not a geometry'),
     'a geometry without spacing': (
-        'geometry/0001.json', lambda f: f.write_text(f.read_text().replace('-0.8', '0')), '0001.json: spacing [0.0, 0.9, 2.5]',
+        'geometry/0001.json', lambda f: f.write_text(f.read_text().replace('-0.8', '0')), 'lays out no volume',
     ),
     'an empty log': ('logs/FD0:Z3_1_20261123_000000.txt', lambda f: f.write_text(''), 'it holds no losses'),
     'a foreign folder': (f'{COARSE}/my copy', lambda f: f.mkdir(), 'my copy: left out, not the name of'),
