@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import os
+import struct
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +15,14 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import pydicom
-from pydicom.uid import DeflatedExplicitVRLittleEndian, UID_dictionary
+from pydicom.encaps import generate_frames
+from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless, UID_dictionary
 
 from claims import MOST_VOXELS
 from geometry import Geometry, lays_out, nifti_geometry, nifti_header
 
 DEFLATE_AT_BEST = 1100  # no gzip file grows by more when it is unpacked, and no compressed slice of a scan does
+START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers of JPEG and JPEG-LS
 MOST_PIXELS = 2**26  # of one slice
 FARTHEST = 1 << 24  # bytes that a NIfTI file may hold before its array
 TILT = np.sin(np.radians(0.5))  # between the slices' normal and the way from slice to slice
@@ -281,6 +284,7 @@ def _hounsfield(slice_):
     """(rows, columns) float64: stored values times slope plus intercept."""
     dataset = _dataset(slice_.path)
     try:
+        _check_coded_size(dataset, slice_.size)
         stored = dataset.pixel_array
         slope, intercept = (
             float(default if dataset.get(tag) is None else dataset.get(tag))
@@ -293,6 +297,32 @@ def _hounsfield(slice_):
     if not (np.isfinite([slope, intercept]).all() and slope):
         raise ValueError(f'{slice_.path}: slope {slope} and intercept {intercept} give no HU')
     return stored * slope + intercept
+
+
+def _check_coded_size(dataset, size):
+    """Refuse a JPEG, JPEG-LS or JPEG 2000 slice whose code claims another size than its header: decoders believe it."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax.is_compressed and syntax != RLELossless:
+        frame = next(generate_frames(dataset.PixelData, number_of_frames=1))
+        coded = _coded_size(frame)
+        if coded != (*size, 1):
+            raise ValueError(f'its code claims (rows, columns, colours) {coded}')
+
+
+def _coded_size(frame):
+    """(rows, columns, colours) that a compressed frame begins with; struct.error, IndexError where it is too short."""
+    if frame[4:8] == b'jP  ':  # JPEG 2000 in a JP2 file: a chain of boxes
+        at = 0
+        while frame[at + 4 : at + 8] != b'jp2c':
+            at += max(struct.unpack_from('>I', frame, at)[0], 8)
+        frame = frame[at + 8 :]
+    if frame[:4] == b'\xff\x4f\xff\x51':  # JPEG 2000
+        right, bottom, left, top, *_, colours = struct.unpack_from('>8IH', frame, 8)
+        return bottom - top, right - left, colours
+    at = 2
+    while frame[at + 1] not in START_OF_FRAME:  # a chain of segments, and of single bytes that fill
+        at += 1 if frame[at + 1] == 0xFF else 2 + struct.unpack_from('>H', frame, at + 2)[0]
+    return struct.unpack_from('>HHB', frame, at + 5)
 
 
 # --- NIfTI ---------------------------------------------------------------------------------------------------------
