@@ -78,6 +78,10 @@ PLAIN = {'collections OrderedDict'} | {
 }  # fmt: skip
 
 
+class ForeignCall(Exception):
+    """A pickle calls what no plain weights need."""
+
+
 def check_weights(path):
     """Refuse a file of weights, zip or legacy, that would call anything but what tensors are made of, or that claims
     sizes beyond its own; torch.load(weights_only=True) still takes bytearray(10**12), and packed entries of any size.
@@ -101,14 +105,14 @@ def check_weights(path):
 
 
 def check_pickle(file, size):
-    """Read one pickle, without carrying it out: PermissionError names a call that plain weights do not need; ValueError
+    """Read one pickle, without carrying it out: ForeignCall names a call that plain weights do not need; ValueError
     a number above `size`, the bytes of the file, which cannot be that of a tensor in it.
     """
     for operation, argument, _ in pickletools.genops(file):
         if operation.name in ('GLOBAL', 'INST') and argument not in PLAIN:
-            raise PermissionError(f'it calls {argument.replace(" ", ".")}')
+            raise ForeignCall(f'it calls {argument.replace(" ", ".")}')
         if operation.name in ('STACK_GLOBAL', 'EXT1', 'EXT2', 'EXT4'):
-            raise PermissionError('it calls what is not plain weights')
+            raise ForeignCall('it calls what is not plain weights')
         if size is not None and isinstance(argument, int) and argument > size:
             raise ValueError(f'it claims {argument} of something, more than the {size} bytes of the file')
 

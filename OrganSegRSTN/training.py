@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import arguments
 from Data import DataLayer
-from model import RSTN, DSC_loss, get_parameters, load_weights, pick_device
+from model import RSTN, DSC_loss, FCN8s, check_shapes, get_parameters, load_weights, pick_device, trained_on
 from utils import find_pretrained, read_cases, snapshot_folder, snapshot_name, whole_file
 
 MODES = 'SIJ'
@@ -63,13 +63,18 @@ def starting_model(args):
     """
     path = find_pretrained(args)
     weights = load_weights(path)
-    trained_on = getattr(weights, '_metadata', {}).get('trained_on', {})
-    refuse_seen_cases(args, path, trained_on)
-    with_scores = trained_on.get('organ_ID') == args.organ_ID and len(weights['score_fr.bias']) == args.slice_thickness
+    told = trained_on(weights)
+    refuse_seen_cases(args, path, told)
+    with_scores = (
+        told.get('organ_ID') == args.organ_ID and len(weights.get('score_fr.bias', ())) == args.slice_thickness
+    )
     weights = {key: value for key, value in weights.items() if with_scores or 'score' not in key}
     if 'conv1_1.weight' not in weights:
         raise ValueError(f'{path}: not an FCN-8s: conv1_1.weight is missing')
     width = len(weights['conv1_1.weight'])
+    with torch.device('meta'):  # no memory for what is wrong
+        expected = FCN8s(args.slice_thickness, width).state_dict()
+    check_shapes(path, weights, {key: value for key, value in expected.items() if with_scores or 'score' not in key})
     model = RSTN(args.crop_margin, args.crop_prob, args.crop_sample_batch, args.slice_thickness, None, width,
                  args.fine_iterations)  # fmt: skip
     for network in (model.coarse_model, model.fine_model):
