@@ -57,6 +57,13 @@ def one_of(*choices):
     return parse
 
 
+def stamp(text):
+    """A timestamp: any text that can be part of a file's name."""
+    if '/' in text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be part of a file's name")
+    return text
+
+
 ARGUMENTS = {
     'data_path': (str, 'the data folder, $DATA_PATH in run.sh'),
     'current_fold': (whole(0), 'the fold that is tested, from 0'),
@@ -86,11 +93,11 @@ ARGUMENTS = {
     'fine_threshold': (number(0, 1), 'probability from which a voxel is organ'),
     'max_rounds': (whole(0), 'fine rounds after the coarse round 0'),
     'epochs': (whole(1), 'epochs of pretraining'),
-    'timestamp': (str, 'time of the training (15 characters, 20261123_000000); _ for none'),
-    'timestamp1': (str, 'timestamp of the snapshot to test; _ for none'),
+    'timestamp': (stamp, 'time of the training (15 characters, 20261123_000000); _ for none'),
+    'timestamp1': (stamp, 'timestamp of the snapshot to test; _ for none'),
     'timestamp2': (str, 'not used'),
 } | {
-    f'timestamp{i}_{plane}': (str, f'timestamp of the {plane} snapshot; _ for none' if i == 1 else 'not used')
+    f'timestamp{i}_{plane}': (stamp, f'timestamp of the {plane} snapshot; _ for none' if i == 1 else 'not used')
     for i in (1, 2)
     for plane in 'XYZ'
 }
@@ -112,9 +119,21 @@ COARSE2FINE = [*_THREE_PLANES, 'coarse_threshold', 'fine_threshold', 'max_rounds
 FUSION_OPTIONAL = [f'timestamp2_{plane}' for plane in 'XYZ']
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser of a script's docstring. An error is one line, and tells how to give a name that begins with -."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        dashed = next((word for word in sys.argv[1:] if word.startswith('-') and os.path.lexists(word)), None)
+        cure = f'; a name that begins with - is given as ./{dashed}' if dashed else ''
+        super().error(' '.join(f'{message}{cure}'.split()))
+
+
 def parser(doc, required, optional=()):
-    """An ArgumentParser for the positionals of these names; anything that follows them is accepted and unused."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A Parser for the positionals of these names; anything that follows them is accepted and unused."""
+    made = Parser(doc)
     for name in [*required, *optional]:
         kind, text = ARGUMENTS[name]
         made.add_argument(name, type=kind, help=text, nargs='?' if name in optional else None)
@@ -125,7 +144,7 @@ def parser(doc, required, optional=()):
 
 def add_loading(made):
     """The options that training and pretraining share."""
-    made.add_argument('--seed', type=whole(0), help='make the run repeatable on this machine')
+    made.add_argument('--seed', type=whole(0, 2**63 - 1), help='make the run repeatable on this machine')
     made.add_argument('--workers', type=whole(0), default=0, help='processes that load slices (default 0)')
 
 
@@ -144,12 +163,14 @@ def run(main):
 
     RSTN_TRACEBACK=1 in the environment shows where the mistake was noticed.
     """
+    if hasattr(sys.stdout, 'reconfigure'):  # a name that the terminal cannot show stops nothing
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         status = main()
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and 'out of memory' not in str(error):  # CUDA's is a RuntimeError
+        if isinstance(error, RuntimeError) and 'memory' not in str(error):  # torch's lack of memory is a RuntimeError
             raise
         if os.environ.get('RSTN_TRACEBACK'):
             traceback.print_exc()

@@ -68,7 +68,7 @@ def main():
 
 def parse(argv=None):
     """The arguments; see the top of this file."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = arguments.Parser(__doc__)
     made.add_argument('INPUT', help='NIfTI file, or folder with one DICOM series')
     made.add_argument('OUTPUT', help='mask to write, .nii.gz or .nii')
     for plane in PLANES:

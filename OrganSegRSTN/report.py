@@ -5,7 +5,6 @@ of the report. The page opens from disk, without network or server. --reference 
 {"name": "Yu et al. 2018", "coarse2fine": {"mean": 0.8462}}, or a former summary.json.
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -54,7 +53,7 @@ def main():
 
 
 def arguments_of():
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = arguments.Parser(__doc__)
     made.add_argument('data_path', help='the data folder, $DATA_PATH in run.sh')
     made.add_argument('--reference', metavar='FILE', help='JSON of figures to compare with, or a former summary.json')
     made.add_argument('--low_range', type=arguments.number(), default=-100, help='window to look at slices in (HU), ')
