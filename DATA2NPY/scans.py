@@ -99,7 +99,7 @@ def is_slice(path):
     try:
         with open(path, 'rb') as file:
             if file.read(132)[128:] == b'DICM':
-                kind = _dataset(path, specific_tags=['SOPClassUID']).get('SOPClassUID')
+                kind = _value(path, 'SOPClassUID')
                 return not kind or kind not in UID_dictionary or 'Image Storage' in UID_dictionary[kind][0]
     except (ValueError, OSError):
         pass  # whoever reads it says what is wrong
@@ -134,7 +134,16 @@ def _dataset(path, **options):
 
 def modality(path):
     """The modality that a DICOM file names, such as CT; '' where it names none."""
-    return str(_dataset(path, specific_tags=['Modality']).get('Modality') or '')
+    return _value(path, 'Modality')
+
+
+def _value(path, tag):
+    """The value of a tag in a DICOM file's header, as text; '' where it is missing."""
+    dataset = _dataset(path, specific_tags=[tag])
+    try:
+        return str(dataset.get(tag) or '')
+    except Exception as error:  # a value is parsed when it is asked for, see _dataset
+        raise ValueError(f'{path}: {error}') from None
 
 
 def _header(path):
@@ -168,7 +177,7 @@ def _header(path):
             _numbers(values['ImagePositionPatient'], (3,)),
             thickness,
         )
-    except Exception as error:  # a value is parsed when it is asked for, see _dataset
+    except Exception as error:  # see _value
         raise ValueError(f'{path}: {error}') from None
 
 
@@ -304,25 +313,26 @@ def _check_coded_size(dataset, size):
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_compressed and syntax != RLELossless:
         frame = next(generate_frames(dataset.PixelData, number_of_frames=1))
-        coded = _coded_size(frame)
-        if coded != (*size, 1):
-            raise ValueError(f'its code claims (rows, columns, colours) {coded}')
+        *coded, colours, bits = _coded_size(frame)
+        if (tuple(coded), colours) != (size, 1) or not 2 <= bits <= 16:
+            raise ValueError(f'its code claims {coded} pixels, {colours} colours and {bits} bits')
 
 
 def _coded_size(frame):
-    """(rows, columns, colours) that a compressed frame begins with; struct.error, IndexError where it is too short."""
+    """rows, columns, colours and bits that a compressed frame begins with; struct.error, IndexError: it is too short."""
     if frame[4:8] == b'jP  ':  # JPEG 2000 in a JP2 file: a chain of boxes
         at = 0
         while frame[at + 4 : at + 8] != b'jp2c':
             at += max(struct.unpack_from('>I', frame, at)[0], 8)
         frame = frame[at + 8 :]
     if frame[:4] == b'\xff\x4f\xff\x51':  # JPEG 2000
-        right, bottom, left, top, *_, colours = struct.unpack_from('>8IH', frame, 8)
-        return bottom - top, right - left, colours
+        right, bottom, left, top, *_, colours, bits = struct.unpack_from('>8IHB', frame, 8)
+        return bottom - top, right - left, colours, (bits & 0x7F) + 1
     at = 2
     while frame[at + 1] not in START_OF_FRAME:  # a chain of segments, and of single bytes that fill
         at += 1 if frame[at + 1] == 0xFF else 2 + struct.unpack_from('>H', frame, at + 2)[0]
-    return struct.unpack_from('>HHB', frame, at + 5)
+    bits, rows, columns, colours = struct.unpack_from('>BHHB', frame, at + 4)
+    return rows, columns, colours, bits
 
 
 # --- NIfTI ---------------------------------------------------------------------------------------------------------

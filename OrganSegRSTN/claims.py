@@ -34,12 +34,13 @@ def npy_claim(file):
     """(shape, dtype, bytes of header and array) that the .npy header at the start of a file claims."""
     head = io.BytesIO(file.read(NPY_HEADER))
     version = np.lib.format.read_magic(head)
-    if version == (1, 0):
-        shape, _, kind = np.lib.format.read_array_header_1_0(head)
-    elif version == (2, 0):
-        shape, _, kind = np.lib.format.read_array_header_2_0(head)
-    else:
+    if version not in ((1, 0), (2, 0)):
         raise ValueError(f'of .npy version {version}, which no array of numbers needs')
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        shape, _, kind = read(head)
+    except Exception as error:  # numpy parses it as Python, and meets what is none with whatever that raises
+        raise ValueError(f'its header cannot be read: {error}') from None
     if kind.kind not in 'biuf':
         raise ValueError(f'it holds {kind}, not numbers')
     if min(shape, default=0) < 0 or math.prod(shape) > MOST_VOXELS:
