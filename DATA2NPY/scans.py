@@ -385,9 +385,9 @@ def _check_claims(header, path):
         raise ValueError(f'{path}: shape {shape}, where one 3D volume is expected')
     if kind.kind not in 'iufb':
         raise ValueError(f'{path}: it holds {kind}, not plain numbers')
-    voxels = math.prod(shape)
-    room = os.path.getsize(path) * (DEFLATE_AT_BEST if str(path).endswith('.gz') else 1)
-    if voxels > MOST_VOXELS or voxels * kind.itemsize > room:
-        raise ValueError(f'{path}: its header claims {shape} voxels, more than the file can hold; is it truncated?')
     if offset > FARTHEST:
         raise ValueError(f'{path}: its header claims that the voxels begin at byte {offset}, which no scan needs')
+    voxels = math.prod(shape)
+    room = os.path.getsize(path) * (DEFLATE_AT_BEST if str(path).endswith('.gz') else 1)
+    if voxels > MOST_VOXELS or offset + voxels * kind.itemsize > room:
+        raise ValueError(f'{path}: its header claims {shape} voxels, more than the file can hold; is it truncated?')

@@ -163,8 +163,9 @@ def run(main):
 
     RSTN_TRACEBACK=1 in the environment shows where the mistake was noticed.
     """
-    if hasattr(sys.stdout, 'reconfigure'):  # a name that the terminal cannot show stops nothing
-        sys.stdout.reconfigure(errors='backslashreplace')
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # a name that the terminal cannot show stops nothing
+            stream.reconfigure(errors='backslashreplace')
     try:
         status = main()
     except KeyboardInterrupt:
