@@ -171,7 +171,8 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and 'memory' not in str(error):  # torch's lack of memory is a RuntimeError
+        lacks = any(text in str(error) for text in ('out of memory', "can't allocate memory"))  # torch's RuntimeErrors
+        if isinstance(error, RuntimeError) and not lacks:
             raise
         if os.environ.get('RSTN_TRACEBACK'):
             traceback.print_exc()

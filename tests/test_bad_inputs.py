@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FOLDER, fusion_args, run_script, tiny_weights, training_args, write_case
+from conftest import FOLDER, fusion_args, pretrain_args, run_script, tiny_weights, training_args, write_case
 from pydicom.data import get_testdata_file
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 from test_conversion import change, change_all, cut, drop, make_slices, random_volume, write_nifti, write_slices
@@ -722,6 +722,10 @@ def test_a_bad_argument(what, call):
     done = call(script, *args)
     assert refused(done, line, code=2)
     assert done.err.startswith('usage: ') and done.err.splitlines()[-1].count('error: ') == 1
+
+
+def test_a_width_that_no_memory_holds(data, call, spare):
+    assert refused(call('pretrain.py', *pretrain_args(data), '--width', 10**6), "can't allocate memory")
 
 
 def test_a_name_that_looks_like_an_option_is_told_how_to_give(call, tmp_path, monkeypatch):
