@@ -84,17 +84,19 @@ class ForeignCall(Exception):
 
 
 def check_weights(path):
-    """Refuse a file of weights, zip or legacy, that would call anything but what tensors are made of, or that claims
-    sizes beyond its own; torch.load(weights_only=True) still takes bytearray(10**12), and packed entries of any size.
+    """Refuse a file of weights that would call anything but what tensors are made of, or that claims sizes beyond its own.
+
+    torch.load(weights_only=True) still takes bytearray(10**12), and packed entries of any size. -> whether it is a zip
+    archive, told by its first bytes as torch does, or legacy
     """
     with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if not zipfile.is_zipfile(file):
-            file.seek(0)
+        size, start = os.fstat(file.fileno()).st_size, file.read(4)
+        file.seek(0)
+        if start != b'PK\3\4':
             for _ in range(3):  # magic number, version, sizes of types
                 check_pickle(file, None)
             check_pickle(file, size)
-            return
+            return False
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
@@ -103,6 +105,7 @@ def check_weights(path):
                 if entry.filename.endswith('.pkl'):
                     with archive.open(entry) as pickled:
                         check_pickle(pickled, size)
+    return True
 
 
 def check_pickle(file, size):

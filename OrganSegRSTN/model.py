@@ -6,7 +6,6 @@ State-dict keys and shapes are those of the published snapshots and of the Caffe
 import os
 import pickle
 import random
-import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -238,8 +237,7 @@ def pick_device(GPU_ID):
 def load_weights(path):
     """The state dict in a file of any PyTorch since 0.4, on the CPU, without a `module.` prefix; runs no code of it."""
     try:
-        check_weights(path)
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=check_weights(path) or None)
     except FileNotFoundError:
         raise missing_weights(path) from None
     except (pickle.UnpicklingError, ForeignCall) as error:

@@ -602,6 +602,9 @@ SNAPSHOTS = {
     'a call, legacy': (lambda: legacy({'w': Calls(os.system, 'false')}), 'it calls posix.system'),
     'a plain pickle': (lambda: pickle.dumps(Calls(os.system, 'false')), 'refused, since it is not plain weights'),
     'a byte array of 2^40': (lambda: snapshot({'w': Calls(bytearray, 3)}).replace(b'K\3\x85', b'K\3\x85'), 'bytearray'),
+    'a call in legacy weights before an archive': (
+        lambda: legacy({'w': Calls(os.system, 'false')}) + snapshot(tiny_weights()), 'it calls posix.system',
+    ),
     'packed entries': (lambda: packed(snapshot(tiny_weights())), 'its entries claim more bytes than the file holds'),
     'one number spread over 2^31': (
         lambda: snapshot({'w': torch.zeros(1).expand(2**31)}), 'it claims 2147483648 of something, more than',
