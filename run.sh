@@ -3,6 +3,7 @@
 # LAZY_MODE=1 runs everything; DRY_RUN=1 prints the commands instead. README.md explains every flag.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+exists() { [[ -e $1 ]]; }  # exists FOLDER/*: does anything match? (quoted, a name may hold any character)
 
 #### What to run ######################################################################################################
 : "${LAZY_MODE:=0}"                     # 1: all of these stages, on all three planes
@@ -36,7 +37,8 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 #### DEMO SETTINGS ####################################################################################################
 # They serve the built-in phantom only, which lazy mode makes where DATA_PATH holds no images and no RAW_PATH is named.
-if [[ -z $RAW_PATH && (-e $DATA_PATH/phantom || ($LAZY_MODE == 1 && -z $(compgen -G "$DATA_PATH/images/*.npy")) ) ]]; then
+if [[ -z $RAW_PATH ]] &&
+  { [[ -e $DATA_PATH/phantom ]] || { [[ $LAZY_MODE == 1 ]] && ! exists "$DATA_PATH"/images/*.npy; }; }; then
   DEMO=1
   PHANTOM_CASES=16
   : "${ORGAN_NUMBER:=8}"
@@ -142,7 +144,9 @@ else
   source "$HERE/setup.sh"
 fi
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # waiting threads sleep: spinning ones starve whatever else runs
-[[ $DATA_PATH == /* ]] || DATA_PATH=$PWD/$DATA_PATH
+[[ $DATA_PATH == /* ]] || DATA_PATH=$PWD/$DATA_PATH  # a name that begins with - is no option
+[[ -z $RAW_PATH || $RAW_PATH == /* ]] || RAW_PATH=$PWD/$RAW_PATH
+[[ $FOLDS =~ ^[0-9]{1,9}$ ]] || { echo "FOLDS is '$FOLDS', not a whole number" >&2; exit 2; }
 
 run() {  # run SCRIPT ARGUMENT ...: one command of a stage, printed or run
   if [[ $DRY_RUN == 1 ]]; then
@@ -204,7 +208,7 @@ if [[ $DEMO == 1 && $LAZY_MODE == 1 ]]; then
 fi
 
 #### Conversion
-nifti_images() { [[ -n $(compgen -G "$RAW_PATH/images*/*.nii*") ]]; }
+nifti_images() { exists "$RAW_PATH"/images*/*.nii*; }
 if [[ $LAZY_MODE == 1 && -n $RAW_PATH ]]; then
   ENABLE_NII2NPY=1
   nifti_images || ENABLE_DICOM2NPY=1
@@ -228,8 +232,9 @@ fi
 
 #### Pretraining: lazy mode keeps what it finds in models/pretrained
 pretrain() {
-  if [[ $ENABLE_PRETRAINING != 1 && (-n $(compgen -G "$DATA_PATH/models/pretrained/fcn8s_from_*.pth") ||
-    -e $DATA_PATH/models/pretrained/fcn8s_FD${fold}_$organ.pth) ]]; then
+  local folder=$DATA_PATH/models/pretrained
+  if [[ $ENABLE_PRETRAINING != 1 ]] &&
+    { exists "$folder"/fcn8s_from_*.pth || exists "$folder/fcn8s_FD${fold}_$organ.pth"; }; then
     echo "fold $fold, organ $organ: models/pretrained holds what to start from"
     return
   fi

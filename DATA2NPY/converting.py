@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from geometry import geometry_file, save_geometry
-from utils import whole_file
+from utils import name_fault, whole_file
 
 
 def case_name(text):
@@ -20,8 +20,8 @@ def only_one(case, sources):
     """The one source of a case; ValueError where it has several, or its name cannot stand in a list."""
     if len(sources) > 1:
         raise ValueError(f'{len(sources)} sources for one case: {", ".join(map(str, sources))}; keep one of them')
-    if case.split() != [case]:
-        raise ValueError(f'{sources[0]}: {case!r} holds white space, which no case name may; rename it')
+    if fault := name_fault(case):
+        raise ValueError(f'{str(sources[0])!r}: the case name {case!r} holds {fault}, which none may; rename it')
     return sources[0]
 
 
@@ -33,8 +33,8 @@ def existing_folder(path):
 
 
 def speaker(case):
-    """A print that begins with the case's name."""
-    return lambda note: print(f'{case}: {note}')
+    """A print, of one line, that begins with the case's name."""
+    return lambda note: print(*f'{case}: {note}'.split())
 
 
 def save_array(path, array):
@@ -68,7 +68,7 @@ def convert_all(cases, convert):
         try:
             convert(case, sources)
         except (ValueError, OSError, MemoryError) as error:
-            failed.append(f'{case}: error: {" ".join(str(error).split()) or type(error).__name__}')
+            failed.append(' '.join(f'{case}: error: {str(error) or type(error).__name__}'.split()))
             print(failed[-1])
         sys.stdout.flush()
     if failed:

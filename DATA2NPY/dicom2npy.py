@@ -8,14 +8,13 @@ which the series differ. OUT (default: RAW) is the data folder. Slices are order
 that order is held against their positions. A case that fails is named, the others are converted, the exit code is 1.
 """
 
-import argparse
 import os
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'OrganSegRSTN'))
-from arguments import run
+from arguments import Parser, run
 from converting import case_name, convert_all, existing_folder, only_one, save_scan, speaker
 from scans import is_slice, read_series
 
@@ -47,7 +46,7 @@ def find_series(raw):
 
 
 def main():
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(__doc__)
     made.add_argument('raw', metavar='RAW', nargs='?', default='.', help='folder with the DICOM series')
     made.add_argument('out', metavar='OUT', nargs='?', help='data folder to write to (RAW)')
     args = made.parse_args()

@@ -4,14 +4,17 @@ An affine (4, 4) takes an index of the array *as stored* to RAS+ mm. Arrays are 
 columns, slices) of its DICOM slices, and a NIfTI array becomes that by transpose(1, 0, 2).
 """
 
+import gzip
 import itertools
 import json
 import os
 from pathlib import Path
 from typing import NamedTuple
 
+import nibabel as nib
 import numpy as np
 
+from claims import open_file, read_json
 from utils import whole_file
 
 PUBLISHED = (1, 0, 2)
@@ -40,11 +43,28 @@ class Geometry(NamedTuple):
         return self._replace(affine=self.affine[:, [*axes, 3]])
 
 
-def nifti_geometry(image, path):
-    """Geometry of a nibabel image's array, axes as in the file."""
-    affine = np.asarray(image.affine, float)
-    coded = image.header['sform_code'] > 0 or image.header['qform_code'] > 0
-    if not (coded and np.isfinite(affine).all() and abs(np.linalg.det(affine)) > 1e-9):
+def lays_out(affine):
+    """Whether an affine (4, 4) lays an array out in space: every voxel somewhere, and no two at one place."""
+    with np.errstate(all='ignore'):
+        volume = abs(np.linalg.det(affine[:3, :3]))
+    return bool(np.isfinite(affine).all() and np.isfinite(volume) and volume > 1e-9)
+
+
+def nifti_header(path):
+    """The header of a NIfTI file, without its extensions, which may claim any size; ValueError where it is none."""
+    with open_file(path) as file:
+        block = (gzip.GzipFile(fileobj=file) if str(path).endswith('.gz') else file).read(1024)
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        if kind.may_contain_header(block):
+            return kind(block[: kind.template_dtype.itemsize])
+    raise ValueError('no NIfTI header')
+
+
+def nifti_geometry(header, path):
+    """Geometry of a NIfTI file's array, axes as in the file, by its nibabel header."""
+    affine = np.asarray(header.get_best_affine(), float)
+    coded = header['sform_code'] > 0 or header['qform_code'] > 0
+    if not (coded and lays_out(affine)):
         holds = 'nothing'
     elif not affine[:3, 3].any() and np.count_nonzero(affine[:3, :3]) == 3:
         holds = 'spacing'
@@ -77,12 +97,16 @@ def save_geometry(path, geometry):
 def load_geometry(path):
     """The geometry in a file; None where there is no such file."""
     try:
-        content = json.loads(Path(path).read_text())
-        affine = np.array(content['affine'], float).reshape(4, 4)
-        return Geometry(affine, content['holds'], content['source'], content['type'])
+        content = read_json(path)
+        affine, holds = np.array(content['affine'], float).reshape(4, 4), content['holds']
+        if holds not in ('position', 'spacing', 'nothing'):
+            raise ValueError(f'holds {holds!r}')
+        if holds != 'nothing' and not lays_out(affine):
+            raise ValueError(f'affine {affine.tolist()} lays out no volume')
+        return Geometry(affine, holds, str(content['source']), str(content['type']))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f'{path}: not a geometry ({error!r}); convert its image again') from None
 
 

@@ -8,7 +8,6 @@ give the same bytes. Usage:
     python make_phantom.py OUT [--cases 8] [--size 96 96 40] [--seed 0] [--target_only]
 """
 
-import argparse
 import gzip
 import os
 import shutil
@@ -22,7 +21,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from scipy import ndimage
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'OrganSegRSTN'))
-from arguments import run, whole
+from arguments import Parser, run, whole
 from utils import whole_file
 
 PANCREAS, DUODENUM, STOMACH, LIVER, SPLEEN, RIGHT_KIDNEY, LEFT_KIDNEY, AORTA = range(1, 9)
@@ -272,7 +271,7 @@ def write_case(folder, number, args):
 
 
 def arguments():
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(__doc__)
     made.add_argument('out', metavar='OUT', help='the raw folder to write')
     made.add_argument('--cases', type=whole(1, 9999), default=8, help='how many cases (8)')
     size = ('ROWS', 'COLUMNS', 'SLICES')

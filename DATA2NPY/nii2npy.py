@@ -11,7 +11,6 @@ A label is turned onto its image's axes, never resampled: by the two affines whe
 transpose(1, 0, 2). A case that fails is named, the others are converted, and the exit code is 1.
 """
 
-import argparse
 import glob
 import os
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'OrganSegRSTN'))
 import numpy as np
 
-from arguments import run
+from arguments import Parser, run
 from converting import case_name, convert_all, existing_folder, image_file, only_one, save_array, save_scan, speaker
 from geometry import geometry_file, load_geometry, place_label
 from scans import read_nifti_image, read_nifti_label
@@ -37,9 +36,10 @@ def find_files(pattern):
     """{case: [path, ...]} of the NIfTI files that match a pattern; what its last * stands for is the case."""
     parts = Path(pattern).parts
     place = max(i for i, part in enumerate(parts) if '*' in part)
-    told = re.compile(
-        '(.*)'.join(re.escape(piece) for piece in re.sub(r'\.nii(\.gz|\*)?$', '', parts[place]).split('*'))
-    )
+    named = re.sub(r'\.nii(\.gz|\*)?$', '', parts[place]).split('*')
+    if len(named) == 1:
+        raise ValueError(f'{pattern}: no * in it that stands for the case')
+    told = re.compile('(.*)'.join(map(re.escape, named)), re.DOTALL)
     cases = defaultdict(list)
     for path in sorted(map(Path, glob.glob(pattern))):
         match = told.fullmatch(NIFTI.sub('', path.parts[place]))
@@ -97,7 +97,7 @@ def convert_case(out, case, images, labels, orientation):
 
 
 def main():
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(__doc__)
     made.add_argument('raw', metavar='RAW', nargs='?', default='.', help='folder with the NIfTI files')
     made.add_argument('out', metavar='OUT', nargs='?', help='data folder to write to (RAW)')
     made.add_argument('--images', metavar='WHERE', help='folder or pattern of the images')

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import os
+import struct
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +15,16 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import pydicom
-from pydicom.uid import UID_dictionary
+from pydicom.encaps import generate_frames
+from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless, UID_dictionary
 
-from geometry import Geometry, nifti_geometry
+from claims import MOST_VOXELS
+from geometry import Geometry, lays_out, nifti_geometry, nifti_header
 
-MOST_VOXELS = 2**31  # a header that claims more is taken for broken
-DEFLATE_AT_BEST = 1100  # no gzip file grows by more when it is unpacked
+DEFLATE_AT_BEST = 1100  # no gzip file grows by more when it is unpacked, and no compressed slice of a scan does
+START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers of JPEG and JPEG-LS
+MOST_PIXELS = 2**26  # of one slice
+FARTHEST = 1 << 24  # bytes that a NIfTI file may hold before its array
 TILT = np.sin(np.radians(0.5))  # between the slices' normal and the way from slice to slice
 UNEVEN = 0.1  # of the spacing, that a gap between slices may differ from it
 
@@ -94,7 +99,7 @@ def is_slice(path):
     try:
         with open(path, 'rb') as file:
             if file.read(132)[128:] == b'DICM':
-                kind = _dataset(path, specific_tags=['SOPClassUID']).get('SOPClassUID')
+                kind = _value(path, 'SOPClassUID')
                 return not kind or kind not in UID_dictionary or 'Image Storage' in UID_dictionary[kind][0]
     except (ValueError, OSError):
         pass  # whoever reads it says what is wrong
@@ -115,6 +120,9 @@ def _image_files(folder, say):
 def _dataset(path, **options):
     """pydicom's Dataset of a file: of the header alone where `specific_tags` are asked for."""
     try:
+        syntax = pydicom.filereader.read_file_meta_info(path).get('TransferSyntaxUID')
+        if syntax == DeflatedExplicitVRLittleEndian:
+            raise ValueError('it is deflated as a whole, to be unpacked to any size; save it without')
         return pydicom.dcmread(path, stop_before_pixels='specific_tags' in options, **options)
     except OSError:
         raise
@@ -124,11 +132,25 @@ def _dataset(path, **options):
         raise ValueError(f'{path}: not a readable DICOM file ({error})') from None
 
 
+def modality(path):
+    """The modality that a DICOM file names, such as CT; '' where it names none."""
+    return _value(path, 'Modality')
+
+
+def _value(path, tag):
+    """The value of a tag in a DICOM file's header, as text; '' where it is missing."""
+    dataset = _dataset(path, specific_tags=[tag])
+    try:
+        return str(dataset.get(tag) or '')
+    except Exception as error:  # a value is parsed when it is asked for, see _dataset
+        raise ValueError(f'{path}: {error}') from None
+
+
 def _header(path):
     """The Slice of a file; ValueError where it is no plain slice of grey values."""
     tags = (
-        'SeriesInstanceUID InstanceNumber Rows Columns PixelSpacing ImageOrientationPatient ImagePositionPatient '
-        'SliceThickness SpacingBetweenSlices NumberOfFrames SamplesPerPixel PhotometricInterpretation'
+        'SeriesInstanceUID InstanceNumber Rows Columns BitsAllocated PixelSpacing ImageOrientationPatient '
+        'ImagePositionPatient SliceThickness SpacingBetweenSlices NumberOfFrames SamplesPerPixel PhotometricInterpretation'
     ).split()
     dataset = _dataset(path, specific_tags=tags)
     try:
@@ -142,18 +164,33 @@ def _header(path):
             raise ValueError(f'a colour image ({kind}), not a slice of grey values')
         if values['InstanceNumber'] is None:
             raise ValueError('no InstanceNumber to order it by')
+        size = int(values['Rows']), int(values['Columns'])
+        _check_room(path, size, int(values['BitsAllocated'] or 0), dataset.file_meta.get('TransferSyntaxUID'))
+        thickness = float(values['SpacingBetweenSlices'] or values['SliceThickness'] or 1)
         return Slice(
             path,
             str(values['SeriesInstanceUID']),
             int(values['InstanceNumber']),
-            (values['Rows'], values['Columns']),
+            size,
             _numbers(values['PixelSpacing'], (2,)),
             _numbers(values['ImageOrientationPatient'], (2, 3)),
             _numbers(values['ImagePositionPatient'], (3,)),
-            float(values['SpacingBetweenSlices'] or values['SliceThickness'] or 1),
+            thickness,
         )
-    except (ValueError, TypeError, OverflowError) as error:
+    except Exception as error:  # see _value
         raise ValueError(f'{path}: {error}') from None
+
+
+def _check_room(path, size, bits, syntax):
+    """Refuse, before memory is taken, a header that claims more pixels than its file can hold."""
+    if not syntax:
+        raise ValueError('no TransferSyntaxUID that tells how its pixels are stored')
+    room = os.path.getsize(path) * (DEFLATE_AT_BEST if syntax.is_compressed else 1)
+    pixels = size[0] * size[1]
+    if min(size) < 1 or pixels > MOST_PIXELS or pixels * max(bits, 8) > 8 * room:
+        raise ValueError(
+            f'its header claims {size} pixels of {bits} bits, more than the file can hold; is it truncated?'
+        )
 
 
 def _numbers(value, shape):
@@ -224,6 +261,10 @@ def _affine(slices):
         step = (last.position - first.position) / (len(slices) - 1)
     affine = np.eye(4)
     affine[:3] = np.stack([down * first.spacing[0], across * first.spacing[1], step, first.position], axis=1)
+    if not lays_out(affine):
+        raise ValueError(
+            f'{first.path}: spacing {first.spacing.tolist()} and {first.thickness} mm are no voxel of a scan'
+        )
     return np.diag([-1, -1, 1, 1]) @ affine  # LPS -> RAS
 
 
@@ -252,6 +293,7 @@ def _hounsfield(slice_):
     """(rows, columns) float64: stored values times slope plus intercept."""
     dataset = _dataset(slice_.path)
     try:
+        _check_coded_size(dataset, slice_.size)
         stored = dataset.pixel_array
         slope, intercept = (
             float(default if dataset.get(tag) is None else dataset.get(tag))
@@ -264,6 +306,33 @@ def _hounsfield(slice_):
     if not (np.isfinite([slope, intercept]).all() and slope):
         raise ValueError(f'{slice_.path}: slope {slope} and intercept {intercept} give no HU')
     return stored * slope + intercept
+
+
+def _check_coded_size(dataset, size):
+    """Refuse a JPEG, JPEG-LS or JPEG 2000 slice whose code claims another size than its header: decoders believe it."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax.is_compressed and syntax != RLELossless:
+        frame = next(generate_frames(dataset.PixelData, number_of_frames=1))
+        *coded, colours, bits = _coded_size(frame)
+        if (tuple(coded), colours) != (size, 1) or not 2 <= bits <= 16:
+            raise ValueError(f'its code claims {coded} pixels, {colours} colours and {bits} bits')
+
+
+def _coded_size(frame):
+    """rows, columns, colours and bits that a compressed frame begins with; struct.error, IndexError: it is too short."""
+    if frame[4:8] == b'jP  ':  # JPEG 2000 in a JP2 file: a chain of boxes
+        at = 0
+        while frame[at + 4 : at + 8] != b'jp2c':
+            at += max(struct.unpack_from('>I', frame, at)[0], 8)
+        frame = frame[at + 8 :]
+    if frame[:4] == b'\xff\x4f\xff\x51':  # JPEG 2000
+        right, bottom, left, top, *_, colours, bits = struct.unpack_from('>8IHB', frame, 8)
+        return bottom - top, right - left, colours, (bits & 0x7F) + 1
+    at = 2
+    while frame[at + 1] not in START_OF_FRAME:  # a chain of segments, and of single bytes that fill
+        at += 1 if frame[at + 1] == 0xFF else 2 + struct.unpack_from('>H', frame, at + 2)[0]
+    bits, rows, columns, colours = struct.unpack_from('>BHHB', frame, at + 4)
+    return rows, columns, colours, bits
 
 
 # --- NIfTI ---------------------------------------------------------------------------------------------------------
@@ -291,10 +360,10 @@ def read_nifti_label(path):
 def read_nifti(path):
     """(array of numbers, Geometry) of a 3D NIfTI file, axes as in the file."""
     with _readable(path):
-        image = nib.load(path)
-    _check_claims(image, path)
+        header = nifti_header(path)
+    _check_claims(header, path)
     with _readable(path):
-        return np.asanyarray(image.dataobj), nifti_geometry(image, path)
+        return np.asanyarray(nib.arrayproxy.ArrayProxy(path, header)), nifti_geometry(header, path)
 
 
 @contextlib.contextmanager
@@ -308,17 +377,17 @@ def _readable(path):
         raise ValueError(f'{path}: not a readable NIfTI file; is it truncated? ({error})') from None
 
 
-def _check_claims(image, path):
+def _check_claims(header, path):
     """Refuse, before memory is taken, what is not 3D numbers or claims more voxels than the file can hold."""
-    if not isinstance(image, nib.Nifti1Pair):
-        raise ValueError(f'{path}: not a NIfTI file')
-    shape, kind = image.shape, image.get_data_dtype()
+    with _readable(path):
+        shape, kind, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f'{path}: shape {shape}, where one 3D volume is expected')
     if kind.kind not in 'iufb':
         raise ValueError(f'{path}: it holds {kind}, not plain numbers')
+    if offset > FARTHEST:
+        raise ValueError(f'{path}: its header claims that the voxels begin at byte {offset}, which no scan needs')
     voxels = math.prod(shape)
-    data = Path(image.file_map['image'].filename)
-    room = os.path.getsize(data) * (DEFLATE_AT_BEST if data.suffix == '.gz' else 1)
-    if voxels > MOST_VOXELS or voxels * kind.itemsize > room:
+    room = os.path.getsize(path) * (DEFLATE_AT_BEST if str(path).endswith('.gz') else 1)
+    if voxels > MOST_VOXELS or offset + voxels * kind.itemsize > room:
         raise ValueError(f'{path}: its header claims {shape} voxels, more than the file can hold; is it truncated?')

@@ -19,7 +19,7 @@ class DataLayer(Dataset):
         self.data_path, self.organ_ID = data_path, organ_ID
         self.window, self.thickness = (low_range, high_range), slice_thickness
         path = slice_list(data_path, plane)
-        self.slices = [Slice.read(line) for line in read_list(path)]
+        self.slices = read_slices(path)
         if any(len(record.organs) < organ_ID for record in self.slices):
             raise ValueError(f'{path}: holds no organ {organ_ID}; run init.py with organ_number {organ_number}')
         training = {case.number for case in read_cases(data_path, 'training', current_fold)}
@@ -37,16 +37,40 @@ class DataLayer(Dataset):
 
     def __getitem__(self, index):
         window = self.window_of(self.active[index])
-        image = np.stack([load_array(os.path.join(self.data_path, s.image_file)) for s in window])
-        label = np.stack([load_array(os.path.join(self.data_path, s.label_file)) for s in window[: self.thickness]])
+        image = self.stack([record.image_file for record in window])
+        label = self.stack([record.label_file for record in window[: self.thickness]])
+        if image.shape[1:] != label.shape[1:]:
+            raise ValueError(
+                f'{window[1].label_file}: shape {label.shape[1:]}, its image {image.shape[1:]}; run init.py again'
+            )
         label = is_organ(label, self.organ_ID).astype(np.float32)
         return torch.from_numpy(to_unit(image, *self.window)), torch.from_numpy(label)
+
+    def stack(self, files):
+        """The slices in these files, (n, A, B)."""
+        slices = [load_array(os.path.join(self.data_path, file)) for file in files]
+        for file, found in zip(files, slices):
+            if found.ndim != 2 or found.shape != slices[0].shape:
+                raise ValueError(f'{file}: shape {found.shape}, its neighbour {slices[0].shape}; run init.py again')
+        return np.stack(slices)
 
     def window_of(self, i):
         """The three records of the window at slice i of the list; a case's end stands in for what lies beyond it."""
         case, reach = self.slices[i].case, self.thickness // 2
         before, after = max(i - reach, 0), min(i + reach, len(self.slices) - 1)
         return [self.slices[k] if self.slices[k].case == case else self.slices[i] for k in (before, i, after)]
+
+
+def read_slices(path):
+    """The records of a list of slices."""
+    lines = read_list(path)
+    try:
+        slices = [Slice.read(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+    if not slices:
+        raise ValueError(f'{path}: holds no slice; run init.py again')
+    return slices
 
 
 def slice_bar(pixels, slice_threshold):

@@ -67,6 +67,13 @@ def organs(text):
     return found
 
 
+def stamp(text):
+    """A timestamp: any text that can be part of a file's name."""
+    if '/' in text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be part of a file's name")
+    return text
+
+
 ARGUMENTS = {
     'data_path': (str, 'the data folder, $DATA_PATH in run.sh'),
     'current_fold': (whole(0), 'the fold that is tested, from 0'),
@@ -97,11 +104,11 @@ ARGUMENTS = {
     'fine_threshold': (number(0, 1), 'probability from which a voxel is organ'),
     'max_rounds': (whole(0), 'fine rounds after the coarse round 0'),
     'epochs': (whole(1), 'epochs of pretraining'),
-    'timestamp': (str, 'time of the training (15 characters, 20261123_000000); _ for none'),
-    'timestamp1': (str, 'timestamp of the snapshot to test; _ for none'),
+    'timestamp': (stamp, 'time of the training (15 characters, 20261123_000000); _ for none'),
+    'timestamp1': (stamp, 'timestamp of the snapshot to test; _ for none'),
     'timestamp2': (str, 'not used'),
 } | {
-    f'timestamp{i}_{plane}': (str, f'timestamp of the {plane} snapshot; _ for none' if i == 1 else 'not used')
+    f'timestamp{i}_{plane}': (stamp, f'timestamp of the {plane} snapshot; _ for none' if i == 1 else 'not used')
     for i in (1, 2)
     for plane in 'XYZ'
 }
@@ -124,9 +131,21 @@ MERGING = ['organ_IDs' if name == 'organ_ID' else name for name in COARSE2FINE]
 FUSION_OPTIONAL = [f'timestamp2_{plane}' for plane in 'XYZ']
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser of a script's docstring. An error is one line, and tells how to give a name that begins with -."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        dashed = next((word for word in sys.argv[1:] if word.startswith('-') and os.path.lexists(word)), None)
+        cure = f'; a name that begins with - is given as ./{dashed}' if dashed else ''
+        super().error(' '.join(f'{message}{cure}'.split()))
+
+
 def parser(doc, required, optional=()):
-    """An ArgumentParser for the positionals of these names; anything that follows them is accepted and unused."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A Parser for the positionals of these names; anything that follows them is accepted and unused."""
+    made = Parser(doc)
     for name in [*required, *optional]:
         kind, text = ARGUMENTS[name]
         made.add_argument(name, type=kind, help=text, nargs='?' if name in optional else None)
@@ -144,7 +163,7 @@ def add_precision(made):
 def add_training(made):
     """The options that training and pretraining share."""
     add_precision(made)
-    made.add_argument('--seed', type=whole(0), help='make the run repeatable on this machine')
+    made.add_argument('--seed', type=whole(0, 2**63 - 1), help='make the run repeatable on this machine')
     made.add_argument('--workers', type=whole(0), default=0, help='processes that load slices (default 0)')
 
 
@@ -197,6 +216,9 @@ def run(main):
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and background shells have it
             signal.signal(number, _Signals.answer)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # a name that the terminal cannot show stops nothing
+            stream.reconfigure(errors='backslashreplace')
     try:
         status = main()
     except Terminated:
@@ -204,7 +226,8 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and 'out of memory' not in str(error):  # CUDA's is a RuntimeError
+        lacks = any(text in str(error) for text in ('out of memory', "can't allocate memory"))  # torch's RuntimeErrors
+        if isinstance(error, RuntimeError) and not lacks:
             raise
         if os.environ.get('RSTN_TRACEBACK'):
             traceback.print_exc()

@@ -5,7 +5,6 @@ labels_X|Y|Z/ and lists/. A slice is written unclipped; only its average in the 
 """
 
 import os
-import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 import arguments
 from slices import Slice, organ_extents, plane_view, slice_averages
-from utils import PLANES, fold_list, in_training_set, is_organ, load_array, slice_list, whole_file
+from utils import PLANES, fold_list, in_training_set, is_organ, load_array, name_fault, slice_list, whole_file
 
 TOGETHER = 32  # slices gathered at a time
 
@@ -44,9 +43,9 @@ def case_names(data):
     if not names:
         raise FileNotFoundError(f'{data}: no images/*.npy with labels/*.npy of the same name; convert the scans first')
     for name in names:
-        if re.search(r'\s', name):
+        if fault := name_fault(name):
             raise ValueError(
-                f'images/{name}.npy: a case name cannot hold white space (lists are divided by it); rename it'
+                f'{f"images/{name}.npy"!r}: a case name cannot hold {fault} (lists are divided by white space); rename it'
             )
     return names
 

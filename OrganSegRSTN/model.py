@@ -6,7 +6,6 @@ State-dict keys and shapes are those of the published snapshots and of the Caffe
 import os
 import pickle
 import random
-import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import nn
 
 import parallel
 import ring
+from claims import ForeignCall, check_weights
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 OUTSIDE = -9999999.0  # logit of every pixel outside the fine network's box: probability 0
@@ -274,10 +274,10 @@ def device_name(device):
 def load_weights(path):
     """The state dict in a file of any PyTorch since 0.4, on the CPU, without a `module.` prefix; runs no code of it."""
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=check_weights(path) or None)
     except FileNotFoundError:
         raise missing_weights(path) from None
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, ForeignCall) as error:
         reason = str(error).split('\n')[0]
         raise ValueError(f'{path}: refused, since it is not plain weights or is broken ({reason})') from None
     except PermissionError:
@@ -286,9 +286,11 @@ def load_weights(path):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f'{path}: not a readable snapshot ({reason}); download or train it again') from None
     if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+        isinstance(k, str) and isinstance(v, torch.Tensor) and v.ndim and v.numel() for k, v in state.items()
     ):
         raise ValueError(f'{path}: not a state dict of tensors')
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > os.path.getsize(path):
+        raise ValueError(f'{path}: refused, its tensors claim more numbers than the file holds')
     for key in [key for key in state if key.startswith('module.')]:
         state[key.removeprefix('module.')] = state.pop(key)
     return state
@@ -300,6 +302,22 @@ def missing_weights(path):
         f'{path}: no such weights; train them first, or look whether fold, plane, organ, rates, margin and timestamp '
         'are those of the training'
     )
+
+
+def check_shapes(path, state, expected):
+    """ValueError where `state` lacks a key of `expected`, or holds it in another shape."""
+    wrong = next((key for key in expected if key not in state or state[key].shape != expected[key].shape), None)
+    if wrong is not None:
+        found = tuple(state[wrong].shape) if wrong in state else 'missing'
+        raise ValueError(f'{path}: {wrong} is {found}, expected {tuple(expected[wrong].shape)}')
+
+
+def trained_on(weights):
+    """{'organ_ID': ..., 'cases': [image file, ...]} that pretrain.py tells with its weights; {} with others."""
+    metadata = getattr(weights, '_metadata', None)
+    told = metadata.get('trained_on') if isinstance(metadata, dict) else None
+    cases = told.get('cases') if isinstance(told, dict) else None
+    return told if isinstance(cases, list) and all(isinstance(case, str) for case in cases) else {}
 
 
 def load_RSTN(path, TEST, thickness, crop_margin, device, precision='fp32'):
@@ -315,10 +333,9 @@ def load_RSTN(path, TEST, thickness, crop_margin, device, precision='fp32'):
     for unused in {'C': ['fine_model', 'saliency1', 'saliency2'], 'F': ['coarse_model']}.get(TEST, []):
         delattr(net, unused)
     used = net.state_dict()
-    wrong = [key for key in used if key not in state or state[key].shape != used[key].shape]
-    if wrong:
-        found = tuple(state[wrong[0]].shape) if wrong[0] in state else 'missing'
-        raise ValueError(f'{path}: {wrong[0]} is {found}, expected {tuple(used[wrong[0]].shape)}')
+    check_shapes(path, state, used)
+    if lost := [key for key in used if not torch.isfinite(state[key].sum())]:
+        raise ValueError(f'{path}: {lost[0]} is not finite: a training that diverged, or a broken file')
     net.load_state_dict({key: state[key].float() for key in used}, assign=True)
     set_precision(net, precision, store=True)
     return net.to(device).eval()

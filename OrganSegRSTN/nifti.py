@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'DATA2NPY'))
-from geometry import geometry_file, load_geometry
+from geometry import geometry_file, load_geometry, nifti_header
 from utils import whole_file
 
 GRID = (  # the fields of a NIfTI header that lay its array into the patient
@@ -65,7 +65,7 @@ def affine_header(geometry):
 
 def grid_header(path):
     """Header of a file on the very grid of the NIfTI file at `path`: and nothing else of it."""
-    source, header = nib.load(path).header, nib.Nifti1Header()
+    source, header = nifti_header(path), nib.Nifti1Header()
     for field in GRID:
         header[field] = source[field]
     return header

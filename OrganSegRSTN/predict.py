@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import nibabel.orientations as axes
 import numpy as np
-import pydicom
 
 import arguments
 from check_data import intensity_doubts
@@ -35,7 +34,7 @@ from utils import PLANES
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'DATA2NPY'))
 from dicom2npy import series_folders
 from geometry import PUBLISHED, load_geometry
-from scans import is_slice, read_nifti_image, read_series
+from scans import is_slice, modality, read_nifti_image, read_series
 
 NIH = 'PLI'
 STORED = 'stored'
@@ -69,7 +68,7 @@ def main():
 
 def parse(argv=None):
     """The arguments; see the top of this file."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = arguments.Parser(__doc__)
     made.add_argument('INPUT', help='NIfTI file, or folder with one DICOM series')
     made.add_argument('OUTPUT', help='mask to write, .nii.gz or .nii')
     for plane in PLANES:
@@ -185,9 +184,8 @@ def series_folder(path):
     if len(folders) != 1:
         raise ValueError(f'{path}: {len(folders) or "no"} folders with DICOM slices in it; name the one of the series')
     first = next(file for file in sorted(folders[0].iterdir()) if is_slice(file))
-    modality = pydicom.dcmread(first, force=True, specific_tags=['Modality']).get('Modality')
-    if modality not in (None, '', 'CT'):
-        print(f'warning: {folders[0]}: its modality is {modality}, not CT')
+    if (kind := modality(first)) not in ('', 'CT'):
+        print(f'warning: {folders[0]}: its modality is {kind}, not CT')
     return folders[0]
 
 

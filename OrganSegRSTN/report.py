@@ -5,7 +5,6 @@ of the report. The page opens from disk, without network or server. --reference 
 {"name": "Yu et al. 2018", "coarse2fine": {"mean": 0.8462}}, or a former summary.json.
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -18,6 +17,7 @@ from pathlib import Path
 import jinja2
 
 import arguments
+from claims import read_json
 from measures import TOLERANCE
 from report_data import AGREEMENTS, Source, read_logs, read_results
 from report_pictures import COLOURS, COLUMNS, draw_losses, write_chart
@@ -53,7 +53,7 @@ def main():
 
 
 def arguments_of():
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = arguments.Parser(__doc__)
     made.add_argument('data_path', help='the data folder, $DATA_PATH in run.sh')
     made.add_argument('--reference', metavar='FILE', help='JSON of figures to compare with, or a former summary.json')
     made.add_argument('--low_range', type=arguments.number(), default=-100, help='window to look at slices in (HU), ')
@@ -94,25 +94,33 @@ def read_reference(path):
 
     ValueError names what is not a figure.
     """
+    figures = {}
     try:
-        content = json.loads(Path(path).read_text(encoding='utf-8'))
+        content = read_json(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such reference file') from None
+    except ValueError as error:
+        raise no_reference(path, error) from None
+    try:
         runs = content.get('runs') or [{'results': {k: v for k, v in content.items() if isinstance(v, dict)}}]
-        figures = {}
         for run in reversed(runs):  # the first run of an organ counts
             results = {key: value.get('all', value) for key, value in run['results'].items()}
             figures[run.get('organ')] = {key: checked_figures(path, key, value) for key, value in results.items()}
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such reference file') from None
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f'{path}: not a reference ({error!r}); '
-            'it should read {"name": "...", "coarse2fine": {"mean": 0.8462}}, or be a summary.json'
-        ) from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise no_reference(path, error) from None
     if not any(figures.values()):
         raise ValueError(
             f'{path}: holds no figures; it should read {{"name": "...", "coarse2fine": {{"mean": 0.8462}}}}'
         )
     return {'name': str(content.get('name') or Path(path).name), 'figures': figures}
+
+
+def no_reference(path, error):
+    """The ValueError to raise where a file is no reference."""
+    return ValueError(
+        f'{path}: not a reference ({error!r}); '
+        'it should read {"name": "...", "coarse2fine": {"mean": 0.8462}}, or be a summary.json'
+    )
 
 
 def checked_figures(path, key, values):

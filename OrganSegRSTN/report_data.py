@@ -8,11 +8,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from fusion import FUSIONS
 from results import read_settings
-from utils import PLANES, Dice, DSC_computation, read_cases
+from utils import PLANES, Dice, DSC_computation, read_cases, read_volume
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / 'DATA2NPY'))
 from geometry import geometry_file, load_geometry  # noqa: E402
@@ -68,11 +66,7 @@ class Source:
     @staticmethod
     def _geometry(path):
         found = load_geometry(path)
-        if found is None or found.holds == 'nothing':
-            return None
-        if not (np.isfinite(found.affine).all() and found.spacing.min() > 0):
-            raise ValueError(f'{path}: spacing {found.spacing.tolist()} is not three positive numbers')
-        return found
+        return None if found is None or found.holds == 'nothing' else found
 
 
 # --- a result folder -----------------------------------------------------------------------------------------------
@@ -84,8 +78,8 @@ FUSION = re.compile(r'FD(?P<fold>\d+):fusion:(?P<snapshots>.+)_(?P<epoch>e\d+),(
 ROUNDS = re.compile(r'FD(?P<fold>\d+):(?P<snapshots>X.+,Z[^:]+):(?P<epoch>e\d+)_(?P<options>[^_]+_[^_]+,\d+)')
 NAMES = {'coarse': (PLANE, FUSION), 'oracle': (PLANE, FUSION), 'coarse2fine': (ROUNDS,)}
 SCORE = re.compile(
-    r'(?:Testcase (?P<case>\d+):)?\s*(?:DSC_(?P<fusion>\w+)|Round (?P<round>\d+), DSC|(?P<inter>Inter-iteration) DSC|DSC)'
-    r' = 2 \* (?P<both>\d+) / \((?P<pred>\d+) \+ (?P<label>\d+)\) ='
+    r'(?:Testcase (?P<case>\d{1,9}):)?\s*(?:DSC_(?P<fusion>\w+)|Round (?P<round>\d{1,9}), DSC|(?P<inter>Inter-iteration) DSC|DSC)'
+    r' = 2 \* (?P<both>\d{1,18}) / \((?P<pred>\d{1,18}) \+ (?P<label>\d{1,18})\) ='
 )
 
 
@@ -111,22 +105,19 @@ class Folder(NamedTuple):
     def mask(self, result, number, shape=None):
         """A stored prediction (W, H, L) as bool; FileNotFoundError, ValueError where there is no whole one."""
         path = self.volume_file(result, number)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                volume = file['volume']
-        except FileNotFoundError:
-            raise FileNotFoundError(f'{path}: no such volume') from None
-        except Exception as error:  # zlib, zip and numpy each have their own errors for a broken file
-            raise ValueError(f'{path}: not a whole .npz of a prediction ({type(error).__name__})') from None
-        if volume.ndim != 3 or (shape is not None and volume.shape != shape):
-            raise ValueError(f'{path}: shape {volume.shape} is not that of its label or image, {shape}')
+        volume = read_volume(path, shape)
+        if volume.ndim != 3:
+            raise ValueError(f'{path}: shape {volume.shape}, where a volume has three axes')
         return volume >= 128 if not result else volume != 0
 
     @property
     def window(self):
         """The intensity window (HU) that it was tested with, or None."""
         window = (read_settings(self.path / 'run.json') or {}).get('window')
-        return tuple(window) if window and len(window) == 2 and window[0] < window[1] else None
+        match window:
+            case [int() | float() as low, int() | float() as high] if low < high:
+                return low, high
+        return None
 
 
 def read_results(source):
@@ -151,7 +142,7 @@ def keep_newest(source, folders, folder):
     """Put a folder under its fold; of several the one of the latest timestamps, then of most rounds, stays."""
 
     def age(folder):
-        return folder.times, [float(number) for number in re.findall(r'[\d.]+', folder.options)], folder.options
+        return folder.times, [float(number) for number in re.findall(r'\d+\.?\d*', folder.options)], folder.options
 
     other = folders.get(folder.fold)
     if other:
@@ -227,7 +218,7 @@ def parse_scores(text, folder):
     """Add the DSC lines of a results.txt to a folder's scores; a DSC is computed anew from the counts of its line."""
     number = latest = 0
     for line in text.splitlines():
-        if case := re.match(r'\s*Testcase (\d+):', line):
+        if case := re.match(r'\s*Testcase (\d{1,9}):', line):
             number = int(case[1])
         found = SCORE.search(line)
         if not found or not number:
@@ -334,8 +325,8 @@ def round_results(folders):
 # --- training logs -------------------------------------------------------------------------------------------------
 
 LOSS = re.compile(
-    r'(?P<fold>\d+)(?P<plane>[XYZ])(?P<mode>[SIJ]) Epoch\[(?P<epoch>\d+)(?:/\d+)?\], (?:Iter\[(?P<step>\d+)\]|Total).*?'
-    r'Loss (?P<coarse>[\d.]+|nan)/(?P<fine>[\d.]+|nan)/(?P<avg>[\d.]+|nan)(?=,)'
+    r'(?P<fold>\d+)(?P<plane>[XYZ])(?P<mode>[SIJ]) Epoch\[(?P<epoch>\d{1,9})(?:/\d+)?\], (?:Iter\[(?P<step>\d{1,9})\]|Total).*?'
+    r'Loss (?P<coarse>\d+\.?\d*|nan)/(?P<fine>\d+\.?\d*|nan)/(?P<avg>\d+\.?\d*|nan)(?=,)'
 )
 
 

@@ -4,8 +4,8 @@ import hashlib
 import json
 import math
 import statistics
-from pathlib import Path
 
+from claims import open_file, read_json
 from utils import whole_file
 
 
@@ -88,19 +88,18 @@ def _same(former, now):
 def read_settings(path):
     """The settings in a run.json; None where there is none that can be read."""
     try:
-        settings = json.loads(Path(path).read_text())
-        return settings if isinstance(settings, dict) else None
+        return read_json(path)
     except (FileNotFoundError, ValueError):
         return None
 
 
 def checksum(path):
-    """SHA-256 of a file, or None where it is gone."""
+    """SHA-256 of a file, or None where it is gone, or no file but a pipe or a device."""
     digest = hashlib.sha256()
     try:
-        with open(path, 'rb') as file:
+        with open_file(path) as file:
             while block := file.read(1 << 22):
                 digest.update(block)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
     return digest.hexdigest()

@@ -1,9 +1,11 @@
 """Planes, windows of slices and their average: a volume (W, H, L) seen along X, Y or Z."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
+from claims import shown
 from utils import PLANES
 
 
@@ -63,11 +65,15 @@ class Slice(NamedTuple):
     def read(cls, line):
         """The record of a list line; ValueError where it is not one."""
         fields = line.split()
-        if len(fields) < 10 or len(fields) % 5:
-            raise ValueError(f'{line!r} is not a slice of a list; run init.py again')
-        numbers = [int(field) for field in fields[5:]]
-        organs = tuple(tuple(numbers[i : i + 5]) for i in range(0, len(numbers), 5))
-        return cls(int(fields[0]), int(fields[1]), fields[2], fields[3], float(fields[4]), organs)
+        try:
+            average, numbers = float(fields[4]), [int(field) for field in fields[:2] + fields[5:]]
+            if len(fields) < 10 or len(fields) % 5 or min(numbers) < 0 or not math.isfinite(average):
+                raise ValueError
+        except (ValueError, IndexError):
+            raise ValueError(f'{shown(line)} is not a slice of a list; run init.py again') from None
+        case, index, *counts = numbers
+        organs = tuple(tuple(counts[i : i + 5]) for i in range(0, len(counts), 5))
+        return cls(case, index, fields[2], fields[3], average, organs)
 
 
 def slice_averages(image, window):

@@ -15,7 +15,7 @@ import arguments
 import parallel
 import resuming
 from Data import DataLayer
-from model import RSTN, DSC_loss, get_parameters, load_weights, set_precision
+from model import RSTN, DSC_loss, FCN8s, check_shapes, get_parameters, load_weights, set_precision, trained_on
 from provenance import begin
 from results import checksum
 from utils import (
@@ -140,13 +140,18 @@ def starting_model(args, run):
     """
     path = find_pretrained(args)
     weights = load_weights(path)
-    trained_on = getattr(weights, '_metadata', {}).get('trained_on', {})
-    refuse_seen_cases(args, path, trained_on)
-    with_scores = trained_on.get('organ_ID') == args.organ_ID and len(weights['score_fr.bias']) == args.slice_thickness
+    told = trained_on(weights)
+    refuse_seen_cases(args, path, told)
+    with_scores = (
+        told.get('organ_ID') == args.organ_ID and len(weights.get('score_fr.bias', ())) == args.slice_thickness
+    )
     weights = {key: value for key, value in weights.items() if with_scores or 'score' not in key}
     if 'conv1_1.weight' not in weights:
         raise ValueError(f'{path}: not an FCN-8s: conv1_1.weight is missing')
     width = len(weights['conv1_1.weight'])
+    with torch.device('meta'):  # no memory for what is wrong
+        expected = FCN8s(args.slice_thickness, width).state_dict()
+    check_shapes(path, weights, {key: value for key, value in expected.items() if with_scores or 'score' not in key})
     model = new_model(args, width)
     for network in (model.coarse_model, model.fine_model):
         missing, unknown = network.load_state_dict(weights, strict=False)

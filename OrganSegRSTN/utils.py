@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from claims import check_entry, check_npy, open_file, read_lines, shown
+
 try:
     import fast_functions
 except ImportError:
@@ -133,7 +135,7 @@ def whole_file(path, mode='wb'):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name[:200]}.{os.getpid()}.part')
     try:
-        with open(part, mode) as file:
+        with open(part, mode, encoding=None if 'b' in mode else 'utf-8') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -178,15 +180,12 @@ def held(path, parts):
 def load_array(path):
     """The array of a .npy file; ValueError names a file that is no whole array of numbers."""
     try:
-        array = np.load(path, allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError('it is an archive of arrays')
-        if array.dtype.kind not in 'biuf':
-            raise ValueError(f'it holds {array.dtype}, not numbers')
-        return array
+        with open_file(path) as file:
+            check_npy(file)
+            return np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: no such file') from None
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, RecursionError) as error:
         raise ValueError(f'{path}: not a readable .npy array ({error}); make it again') from None
 
 
@@ -196,19 +195,30 @@ def save_volume(path, volume):
         np.savez_compressed(file, volume=volume)
 
 
+def read_volume(path, shape=None):
+    """The array `volume` of a prediction's .npz, of `shape` where that is known; ValueError names what is no whole one."""
+    try:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
+            entry = archive.getinfo('volume.npy')
+            check_entry(archive, entry, shape)
+            with archive.open(entry) as member:
+                return np.lib.format.read_array(member, allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such volume') from None
+    except Exception as error:  # zlib, zip and numpy each have their own errors for a broken file
+        why = str(error) or type(error).__name__
+        raise ValueError(f'{path}: not a whole .npz of a prediction ({why})') from None
+
+
 def load_volume(path, shape):
     """The array `volume` (of `shape`) of a prediction's .npz; None where there is none, or (said in a line) a broken one."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            volume = file['volume']
-        if volume.shape == tuple(shape):
-            return volume
-        print(f'{path}: shape {volume.shape} instead of {tuple(shape)}; made again where it can be')
+        return read_volume(path, shape)
     except FileNotFoundError:
-        pass
-    except Exception as error:  # zlib, zip and numpy each have their own errors for a broken file
-        print(f'{path}: not readable ({error}); made again where it can be')
-    return None
+        return None
+    except ValueError as error:
+        print(f'{error}; made again where it can be')
+        return None
 
 
 # --- lists ---------------------------------------------------------------------------------------------------------
@@ -237,6 +247,15 @@ class Case(NamedTuple):
         return volume
 
 
+def name_fault(name):
+    """What keeps a case's name out of the lists and lines that it would stand in; '' where nothing does."""
+    if re.search(r'\s', name):
+        return 'white space'
+    if not name.isprintable():
+        return 'characters that cannot be printed'
+    return '' if name else 'nothing'
+
+
 def slice_list(data_path, plane):
     """lists/training_X|Y|Z.txt: all slices of all cases along a plane."""
     return Path(data_path, 'lists', f'training_{plane}.txt')
@@ -250,11 +269,11 @@ def fold_list(data_path, kind, fold):
 def read_list(path):
     """The lines of a list that init.py wrote."""
     try:
-        return Path(path).read_text().splitlines()
+        return read_lines(path)
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: no such list; run init.py first, with enough folds') from None
-    except UnicodeDecodeError:
-        raise ValueError(f'{path}: not a text file; run init.py again') from None
+    except ValueError as error:
+        raise ValueError(f'{path}: not a list ({error}); run init.py again') from None
 
 
 def read_cases(data_path, kind, fold):
@@ -263,8 +282,8 @@ def read_cases(data_path, kind, fold):
     cases = []
     for line in read_list(path):
         fields = line.split()
-        if len(fields) != 3 or not fields[0].isdigit():
-            raise ValueError(f'{path}: {line!r} is not `case image_file label_file`; run init.py again')
+        if len(fields) != 3 or not re.fullmatch('[0-9]{1,9}', fields[0]):
+            raise ValueError(f'{path}: {shown(line)} is not `case image_file label_file`; run init.py again')
         cases.append(Case(int(fields[0]), *fields[1:]))
     return cases
 

@@ -227,7 +227,7 @@ BAD_SERIES = {
     'colour': (change_all(SamplesPerPixel=3, PhotometricInterpretation='RGB'), 'a colour image'),
     'slope': (change(2, RescaleSlope=0), 'slope 0.0 and intercept -1024.0 give no HU'),
     'absurd': (change_all(Rows=60000, Columns=60000), 'its header claims (60000, 60000) pixels'),
-    'larger': (change_all(Rows=600, Columns=500), 'its pixels cannot be read'),
+    'larger': (change_all(Rows=600, Columns=500), 'its header claims (600, 500) pixels of 16 bits, more than the file'),
 }
 BAD_FILES = {
     'truncated': (cut(-20), 'its pixels cannot be read; is the file truncated?'),

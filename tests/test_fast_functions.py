@@ -3,6 +3,7 @@
 Rows of small masks are written as text, one digit a voxel ('.' is 0), so that the rule can be read off them.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -420,27 +421,58 @@ def test_other_threads_run_meanwhile():
     assert after > before
 
 
-def test_the_core_under_sanitizers(tmp_path):
-    """Random shapes, strides and sizes, and addresses beyond 2^31, in C++ (fast_functions_sanitized.cc)."""
-    compiler = shutil.which('c++') or shutil.which('g++') or shutil.which('clang++')
-    if compiler is None:
+SANITIZED = ['-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-O1']
+
+
+@pytest.fixture(scope='module')
+def compiler(tmp_path_factory):
+    """A C++ compiler that has the sanitizers."""
+    found = shutil.which('c++') or shutil.which('g++') or shutil.which('clang++')
+    if found is None:
         pytest.skip('no C++ compiler')
-    command = [
-        compiler,
-        '-std=c++17',
-        '-O1',
-        '-pthread',
-        '-fsanitize=address,undefined',
-        '-fno-sanitize-recover=all',
-    ]
-    (tmp_path / 'empty.cc').write_text('int main() {}\n')
-    trial = subprocess.run(
-        [*command, tmp_path / 'empty.cc', '-o', tmp_path / 'empty'], capture_output=True, check=False
-    )
-    if trial.returncode:
+    folder = tmp_path_factory.mktemp('trial')
+    (folder / 'empty.cc').write_text('int main() {}\n')
+    trial = [found, *SANITIZED, folder / 'empty.cc', '-o', folder / 'empty']
+    if subprocess.run(trial, capture_output=True, check=False).returncode:
         pytest.skip('the compiler has no sanitizers')
+    return found
+
+
+def test_the_core_under_sanitizers(compiler, tmp_path):
+    """Random shapes, strides and sizes, and addresses beyond 2^31, in C++ (fast_functions_sanitized.cc)."""
     driver = tmp_path / 'driver'
-    subprocess.run([*command, TESTS / 'fast_functions_sanitized.cc', '-o', driver], check=True)
+    source = TESTS / 'fast_functions_sanitized.cc'
+    subprocess.run([compiler, '-std=c++17', '-pthread', *SANITIZED, source, '-o', driver], check=True)
     run = subprocess.run([driver], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert 'as expected' in run.stdout
+
+
+def test_the_built_module_under_sanitizers(compiler, tmp_path):
+    """The same through the wrapper, with arrays right and wrong (fast_functions_sanitized.py)."""
+    runtime = [
+        subprocess.run(
+            [compiler, f'-print-file-name={name}'], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ('libasan.so', 'libstdc++.so')
+    ]
+    if not all(Path(library).is_absolute() for library in runtime):
+        pytest.skip('the sanitizers are not in a library that python could load first')
+    flags = ' '.join(SANITIZED)
+    build = [sys.executable, '-m', 'pip', 'install', '--no-deps', '--no-cache-dir', '--target', tmp_path]
+    subprocess.run(
+        [*build, TESTS.parent / 'SWIG_fast_functions'],
+        env=os.environ | {'CXX': compiler, 'CFLAGS': flags, 'CXXFLAGS': flags, 'LDFLAGS': SANITIZED[0]},
+        capture_output=True,
+        check=True,
+    )
+    assert b'__asan_' in next(tmp_path.glob('*.so')).read_bytes()
+    run = subprocess.run(
+        [sys.executable, TESTS / 'fast_functions_sanitized.py', tmp_path],
+        env=os.environ | {'LD_PRELOAD': ' '.join(runtime), 'ASAN_OPTIONS': 'detect_leaks=0'},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.startswith(str(tmp_path)) and run.stdout.endswith('as expected\n')
