@@ -43,10 +43,10 @@ def main():
         write(pretrained_folder(args) / name, state)
         return
     path = pretrained_folder(args) / pretrained_name(args)
+    run = resuming.Run(path.with_suffix('.ckpt'), args, lists=list_checksums(args, PLANES))
     with held(path.with_name(f'.{path.stem}.lock'), f'.{path.stem}.*.part'):
-        checkpoint = path.with_suffix('.ckpt')
-        write(path, pretrain(args, resuming.Run(checkpoint, args, lists=list_checksums(args, PLANES)), device))
-        checkpoint.unlink(missing_ok=True)
+        write(path, pretrain(args, run, device))
+        run.path.unlink(missing_ok=True)
 
 
 def write(path, state):

@@ -23,6 +23,7 @@ from utils import (
     fold_list,
     held,
     read_cases,
+    read_list,
     slice_list,
     snapshot_folder,
     snapshot_name,
@@ -46,8 +47,8 @@ def main(wrap=lambda model, device: model):
     args = arguments.parse(made)
     parallel.quiet()
     device, _ = begin(args)
+    run = resuming.Run(checkpoint_path(args), args, lists=list_checksums(args, args.plane))
     with lock(args), parallel.process_group(device):
-        run = resuming.Run(checkpoint_path(args), args, lists=list_checksums(args, args.plane))
         resumed = args.resume and run.load()
         if run.finished and snapshot_path(args, 'J').exists():
             return
@@ -108,8 +109,9 @@ def lock(args):
 
 def list_checksums(args, planes):
     """What of the data a checkpoint must agree on: the slices of these planes, and the fold."""
-    slices = [slice_list(args.data_path, plane) for plane in planes]
-    return [checksum(file) for file in (*slices, fold_list(args.data_path, 'training', args.current_fold))]
+    files = [slice_list(args.data_path, plane) for plane in planes]
+    files.append(fold_list(args.data_path, 'training', args.current_fold))
+    return [checksum(file) or read_list(file) for file in files]  # of a missing one read_list says what to do
 
 
 def seed_everything(seed):
