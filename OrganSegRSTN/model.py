@@ -260,6 +260,7 @@ def pick_device(GPU_ID):
             f'there are {torch.cuda.device_count()}, from 0'
         )
     device = torch.device('cuda', int(mine))
+    torch.cuda.set_device(device)
     print(f'device: {device_name(device)}', flush=True)
     return device
 

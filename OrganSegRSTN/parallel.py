@@ -41,8 +41,6 @@ def process_group(device):
     if world_size() == 1:
         yield
         return
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=PATIENCE)
     try:
         yield

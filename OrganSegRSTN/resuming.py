@@ -198,15 +198,15 @@ def random_states():
         'python': random.getstate(),
         'numpy': (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         'torch': torch.get_rng_state(),
-        'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        'cuda': torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def set_random_states(states):
-    """Put them back; CUDA's only where there are as many devices as then."""
+    """Put them back; that of the CUDA device only where there was and is one."""
     name, keys, *rest = states['numpy']
     random.setstate(states['python'])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states['torch'])
-    if torch.cuda.is_available() and len(states['cuda']) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states['cuda'])
+    if torch.cuda.is_available() and states['cuda'] is not None:
+        torch.cuda.set_rng_state(states['cuda'])

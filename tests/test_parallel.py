@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import CODE, FOLDER, pretrain_args, run_script, settings, training_args
 
-from model import load_weights
+from model import load_weights, pick_device
 from resuming import Run, random_states, set_random_states
 from training import DSC_loss, load_slices, make_optimizer, seed_everything, starting_model
 
@@ -149,3 +149,41 @@ def test_without_torchrun_it_is_training_itself(pretrained, call):
         [re.sub(r'\d+\.\d\ds', '', line) for line in done.out.splitlines() if '0Z' in line] for done in (alone, plain)
     ]
     assert lines[0] == lines[1] and len(lines[0]) > 5
+
+
+# --- which GPU a process takes (no CUDA here: its answers are given) -------------------------------------------------
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    """A machine with four CUDA devices; -> the list of those chosen."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'GPU')
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    return chosen
+
+
+@pytest.mark.parametrize(('GPU_ID', 'local_rank', 'index'), [('2', 0, 2), ('0,1,3', 0, 0), ('0,1,3', 2, 3)])
+def test_of_several_GPUs_each_process_takes_its_own(four_gpus, monkeypatch, capsys, GPU_ID, local_rank, index):
+    monkeypatch.setenv('LOCAL_RANK', str(local_rank))
+    device = pick_device(GPU_ID)
+    assert device == torch.device('cuda', index)
+    assert four_gpus == [device]
+    assert capsys.readouterr().out == f'device: cuda:{index}, GPU\n'
+
+
+@pytest.mark.parametrize(('GPU_ID', 'local_rank'), [('4', 0), ('0,1', 2), ('one', 0), ('', 0), ('0,', 1)])
+def test_a_GPU_that_is_not_there_is_an_error(four_gpus, monkeypatch, GPU_ID, local_rank):
+    monkeypatch.setenv('LOCAL_RANK', str(local_rank))
+    with pytest.raises(
+        ValueError, match=rf'GPU_ID {GPU_ID} holds no CUDA device for process {local_rank} .+ are 4, from 0'
+    ):
+        pick_device(GPU_ID)
+    assert four_gpus == []
+
+
+def test_the_CPU_is_taken_where_it_is_asked_for(four_gpus, capsys):
+    assert pick_device('cpu') == torch.device('cpu')
+    assert capsys.readouterr().out.endswith('threads (as asked)\n')
