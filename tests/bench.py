@@ -81,11 +81,11 @@ class Process:
     def __init__(self, side, quick, peers):
         context = multiprocessing.get_context('spawn')
         self.pipe, other = context.Pipe()
-        for name, value in (ENVIRONMENT[side] | {'PYTHONPATH': peers}).items():
+        for name, value in ENVIRONMENT[side].items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        self.process = context.Process(target=bench_rows.serve, args=(other, side == 'fast', quick), daemon=True)
+        self.process = context.Process(target=bench_rows.serve, args=(other, side == 'fast', quick, peers), daemon=True)
         self.process.start()
         other.close()  # so that the end of the process is noticed here
 

@@ -36,8 +36,9 @@ FULL = SimpleNamespace(width=64, window=512, crop=96, volume=(512, 512, 240), pr
 QUICK = SimpleNamespace(width=4, window=48, crop=24, volume=(40, 32, 16), product=128)
 
 
-def serve(pipe, fast, quick):
-    """Answer the driver's (method of Worker, arguments) through `pipe` until it is closed."""
+def serve(pipe, fast, quick, peers):
+    """Answer the driver's (method of Worker, arguments) through `pipe` until it is closed; peers: a folder to import from."""
+    sys.path.append(peers)
     if not fast:
         ring.features = FCN8s.features  # the plain forward, here and in training
     worker = Worker(fast, QUICK if quick else FULL)
