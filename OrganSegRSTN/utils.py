@@ -90,9 +90,10 @@ def post_processing(F, S, threshold, organ_ID):
     without effect, as in the published C++; organ_ID: unused, kept for users' scripts. F comes back unchanged where
     it is empty or at least half full.
     """
-    F = np.require(F, np.uint8, ['C', 'W'])
+    F, S = np.require(F, np.uint8, ['C', 'W']), np.asarray(S)
     if fast_functions:
-        fast_functions.post_processing(F, np.asarray(S).astype(bool, copy=False), threshold, False)
+        seed = S if S.dtype in (bool, np.uint8) else S != 0  # a copy would take longer than all the rest
+        fast_functions.post_processing(F, seed, threshold, False)
     else:
         _say_slower()
         _post_processing_scipy(F, S, threshold)

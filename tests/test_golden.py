@@ -24,6 +24,12 @@ TIMES = [TIMESTAMP] * 3
 RESULTS = sorted(path.relative_to(GOLDEN) for path in (GOLDEN / 'results').rglob('*') if path.is_file())
 VOLUMES = [path for path in RESULTS if path.suffix == '.npz']
 TEXTS = [path for path in RESULTS if path.name == 'results.txt']
+NUMBER = r'\d+(?:\.\d+)?(?:e-\d+)?'
+
+
+def stage(script, *args):
+    done = run_script(script, *args, env=os.environ | {'OMP_NUM_THREADS': '2', 'OMP_WAIT_POLICY': 'PASSIVE'})
+    assert done.code == 0, done.err
 
 
 @pytest.fixture(scope='module')
@@ -39,16 +45,12 @@ def data(tmp_path_factory):
         True,
     ]
 
-    def stage(script, *args):
-        done = run_script(script, data, *args, env=os.environ | {'OMP_NUM_THREADS': '2', 'OMP_WAIT_POLICY': 'PASSIVE'})
-        assert done.code == 0, done.err
-
-    stage('init.py', 1, 2, -100, 240)
+    stage('init.py', data, 1, 2, -100, 240)
     for kind in ('coarse', 'oracle'):
         for plane in 'XYZ':
-            stage(f'{kind}_testing.py', *BEGIN, plane, 0, *RATES, 0.5, 1, *EPOCHS, TIMESTAMP, TIMESTAMP)
-        stage(f'{kind}_fusion.py', *BEGIN, 0, *RATES, *EPOCHS, 0.5, *TIMES)
-    stage('coarse2fine_testing.py', *BEGIN, 0, *RATES, *EPOCHS, 0.5, 0.5, 3, *TIMES)
+            stage(f'{kind}_testing.py', data, *BEGIN, plane, 0, *RATES, 0.5, 1, *EPOCHS, TIMESTAMP, TIMESTAMP)
+        stage(f'{kind}_fusion.py', data, *BEGIN, 0, *RATES, *EPOCHS, 0.5, *TIMES)
+    stage('coarse2fine_testing.py', data, *BEGIN, 0, *RATES, *EPOCHS, 0.5, 0.5, 3, *TIMES)
     yield data
     for snapshot in snapshots.iterdir():  # a gigabyte each
         snapshot.unlink()
@@ -83,14 +85,38 @@ def test_volumes_are_the_same(data, path):
 @pytest.mark.parametrize('path', TEXTS, ids=lambda path: '/'.join(path.parts[1:])[:60])
 def test_results_lines_are_the_same(data, path):
     found, expected = ((folder / path).read_text().splitlines() for folder in (data, GOLDEN))
-    number = r'\d+(?:\.\d+)?(?:e-\d+)?'
-    value = rf'(?<== ){number}'  # a DSC, mean or standard deviation; the counts before it are covered by the volumes
+    value = rf'(?<== ){NUMBER}'  # a DSC, mean or standard deviation; the counts before it are covered by the volumes
     for one, other in zip(found, expected, strict=True):
         counts = r'2 \* \d+ / \(\d+ \+ \d+\)'
         assert re.sub(value, '#', re.sub(counts, '@', one)) == re.sub(value, '#', re.sub(counts, '@', other))
-        pairs = zip(*(re.findall(rf' = ({number})(?= (?:\.|std))', line) for line in (one, other)), strict=True)
-        for a, b in pairs:
-            assert float(a) == pytest.approx(float(b), abs=1e-3)
+        assert results_values(one) == pytest.approx(results_values(other), abs=1e-3)
+
+
+def results_values(text):
+    """Every DSC, mean and standard deviation in results lines."""
+    return [float(value) for value in re.findall(rf' = ({NUMBER})(?= (?:\.|std))', text)]
+
+
+@pytest.fixture(scope='module')
+def bf16(tmp_path_factory):
+    """The data folder after coarse to fine, which makes the coarse volumes, and fusion, in bfloat16."""
+    data = tmp_path_factory.mktemp('bf16') / 'data'
+    write_volumes(data)
+    write_snapshots(data)
+    stage('init.py', data, 1, 2, -100, 240)
+    stage('coarse2fine_testing.py', data, *BEGIN, 0, *RATES, *EPOCHS, 0.5, 0.5, 3, *TIMES, '--precision', 'bf16')
+    stage('coarse_fusion.py', data, *BEGIN, 0, *RATES, *EPOCHS, 0.5, *TIMES)
+    yield data
+    for snapshot in (data / 'models/snapshots/SIJ_training_1e-5x10,20').iterdir():
+        snapshot.unlink()
+
+
+@pytest.mark.parametrize('stage_folder', ['coarse_testing_1e-5x10,20/FD0:fusion', 'coarse2fine_testing_1e-5x10,20'])
+def test_bf16_is_within_a_hundredth_of_every_DSC(bf16, stage_folder):
+    (path,) = (path for path in TEXTS if str(path).startswith(f'results/{stage_folder}'))
+    found, expected = (results_values((folder / path).read_text()) for folder in (bf16, GOLDEN))
+    assert len(expected) > 10
+    assert found == pytest.approx(expected, abs=0.01)
 
 
 @pytest.fixture(scope='module')

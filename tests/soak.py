@@ -1,0 +1,91 @@
+"""A soak: many tiny cases through init, coarse testing, fusion and coarse to fine; does memory or do open files grow?
+
+Every stage is the script itself, in a process of its own, whose resident memory and open files are looked at each time
+another case is done. The last quarter of the cases is held against the second (the first warms up).
+
+Usage: python tests/soak.py [--cases N] [--json FILE]    Exit code 1 if anything grows. 200 cases take some minutes.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import measured
+
+SHAPE = (14, 16, 7)  # voxels of a case
+WIDTH, ROUNDS = 4, 2
+ALLOWED = {'init': 64e3}  # bytes a case that may stay: init.py keeps its 37 slices' list lines until it writes them
+ALLOWED_ELSE = 8e3  # less than a float32 volume of SHAPE and its mask
+NOISE = 1e6  # bytes: what the memory allocator takes and gives back at its own times
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--cases', type=int, default=200, metavar='N', help='how many cases (default 200, at least 8)')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures to FILE')
+    args = parser.parse_args()
+    if args.cases < 8:
+        parser.error(f'argument --cases: {args.cases} is not a whole number of at least 8')
+    found = soak(args.cases)
+    for stage, one in found.items():
+        print(f'{stage:15} {one["seconds"]:6.1f} s, peak {one["peak"] / 1e6:4.0f} MB; quarter 2 -> 4: '
+              f'{one["memory"][0] / 1e6:.1f} -> {one["memory"][1] / 1e6:.1f} MB, {one["files"][0]} -> {one["files"][1]} open files; '
+              f'{"GROWS" if one["grows"] else "no growth"}')  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps({'cases': args.cases, 'stages': found}, indent=2) + '\n')
+    return int(any(one['grows'] for one in found.values()))
+
+
+def soak(cases):
+    """{stage: figures} of so many cases."""
+    found = {}
+    with tempfile.TemporaryDirectory(prefix='soak_') as folder:
+        data = Path(folder)
+        measured.write_cases(data, [SHAPE] * cases)
+        measured.write_snapshots(data, WIDTH)
+        for stage, script, arguments, files in measured.stages(data, ROUNDS):
+            looks = Looks(files)
+            run = measured.run(script, *arguments, watch=looks)
+            found[stage] = {'seconds': run.seconds, 'peak': run.peak, **growth(stage, looks.seen, cases)}
+    return found
+
+
+class Looks:
+    """Looks at a running process: {cases done: (resident bytes, open files)}; called often, it notes the last of each."""
+
+    def __init__(self, files):
+        self.files, self.seen = files, {}
+
+    def __call__(self, pid):
+        done = sum(1 for _ in Path('/').glob(str(self.files.relative_to('/'))))
+        memory = measured.held_memory(pid, 'VmRSS')
+        try:
+            opened = len(os.listdir(f'/proc/{pid}/fd'))
+        except OSError:  # it has just ended
+            return
+        if memory:
+            self.seen[done] = (memory, opened)
+
+
+def growth(stage, seen, cases):
+    """Memory (median) and open files (least) in the second and the last quarter of the cases, and whether they grow."""
+    quarters = [quarter(seen, cases * start, cases * (start + 0.25)) for start in (0.25, 0.75)]
+    memory = [statistics.median(memory for memory, _ in looks) for looks in quarters]
+    files = [min(opened for _, opened in looks) for looks in quarters]
+    allowed = NOISE + ALLOWED.get(stage, ALLOWED_ELSE) * cases / 2  # between the middles of the two quarters
+    more = memory[1] - memory[0] > allowed or files[1] - files[0] > 1  # 1: a file that is just being written
+    return {'memory': memory, 'files': files, 'looks': len(seen), 'grows': more}
+
+
+def quarter(seen, start, end):
+    """The looks at start <= cases done < end; where a fast stage went unseen, the nearest one."""
+    within = [seen[done] for done in seen if start <= done < end]
+    return within or [seen[min(seen, key=lambda done: abs(done - (start + end) / 2))]]
+
+
+if __name__ == '__main__':
+    sys.exit(main())
