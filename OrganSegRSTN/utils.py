@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 import socket
 import sys
 import zipfile
@@ -133,21 +134,39 @@ def whole_file(path, mode='wb'):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name[:200]}.{os.getpid()}.part')
     try:
-        with open(part, mode) as file:
+        with naming(path, part), open(part, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that cannot be written to; the block's own error tells
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def held(path, parts):
+def naming(path, part=None):
+    """Let an OSError of the block that names no file, or `part`, name `path`: also one that a library hides behind its own.
+
+    numpy and torch answer a full disk with a ValueError or RuntimeError about the archive that they could not close.
+    """
+    try:
+        yield
+    except Exception as error:
+        behind = error
+        while behind and not (isinstance(behind, OSError) and behind.errno and behind.filename in (None, str(part))):
+            behind = behind.__context__
+        if behind is None:
+            raise
+        raise OSError(behind.errno, behind.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
+def held(path, *parts):
     """Hold the lock file `path` for the block; ValueError names the process that holds it already.
 
-    What a killed run left half-written is removed: what the pattern `parts` finds beside the lock. The kernel frees
-    the lock however the process ends.
+    What a killed run left half-written is removed: files and folders that the patterns `parts` find beside the lock.
+    The kernel frees the lock however the process ends.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,16 +182,24 @@ def held(path, parts):
         if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
             break
         lock.close()  # its last holder has removed it since
-    with lock:
-        lock.truncate(0)
-        lock.write(f'process {os.getpid()} on {socket.gethostname()} ({os.path.basename(sys.argv[0])})')
-        lock.flush()
-        for part in path.parent.glob(parts):
-            part.unlink(missing_ok=True)
-        try:
-            yield
-        finally:
+    try:
+        with naming(path):
+            os.truncate(lock.fileno(), 0)
+            os.write(
+                lock.fileno(),
+                f'process {os.getpid()} on {socket.gethostname()} ({os.path.basename(sys.argv[0])})'.encode(),
+            )
+        for pattern in parts:
+            for part in list(path.parent.glob(pattern)):
+                if part.is_dir():
+                    shutil.rmtree(part)
+                else:
+                    part.unlink(missing_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+        lock.close()
 
 
 def load_array(path):
