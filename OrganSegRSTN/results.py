@@ -53,7 +53,12 @@ def hold(*folders):
     with contextlib.ExitStack() as locks:
         for folder in folders:
             locks.enter_context(held(folder / '.lock', '.*.part', 'volumes/.*.part'))
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            if folders:
+                print(f'stopped: the volumes in {folders[0]} are whole; the next run goes on after them', flush=True)
+            raise
 
 
 def prepare_folder(folder, settings, made):

@@ -9,6 +9,7 @@ import socket
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -217,6 +218,11 @@ def load_array(path):
         raise ValueError(f'{path}: not a readable .npy array ({error}); make it again') from None
 
 
+def write_array(file, array):
+    """Write a .npy into an open file through its own `write`: numpy's short cut does not tell a full disk's error."""
+    np.save(SimpleNamespace(write=file.write), array)
+
+
 def save_volume(path, volume):
     """Write a prediction as a compressed .npz with the one array `volume`."""
     with whole_file(path) as file:
@@ -275,9 +281,12 @@ def fold_list(data_path, kind, fold):
 
 
 def read_list(path):
-    """The lines of a list that init.py wrote."""
+    """The lines of a list that init.py wrote; one that ends within a line was cut off."""
     try:
-        return Path(path).read_text().splitlines()
+        text = Path(path).read_text()
+        if text and not text.endswith('\n'):
+            raise ValueError(f'{path}: cut off within its last line; run init.py again')
+        return text.splitlines()
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: no such list; run init.py first, with enough folds') from None
     except UnicodeDecodeError:
