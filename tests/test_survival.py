@@ -312,8 +312,9 @@ def torchrun(script, *args, **keywords):
 )
 def test_two_processes_share_out_the_cases_and_write_what_one_writes(tested, call, script, args):
     expected = undisturbed(call, tested, script, args(tested))
-    done = torchrun(script, *args(tested))
+    done = torchrun(script, *('cpu,cpu' if arg == 'cpu' else arg for arg in args(tested)))
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('device: CPU, 1 threads (as asked)')
     assert contents(tested / 'results') == expected
     first, *others = [line for line in done.stdout.splitlines() if line.startswith('written: ')]
     assert first and not others, 'the first process alone reports'
