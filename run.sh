@@ -360,7 +360,7 @@ pretrain() {
   fi
   STAGE="pretraining of fold $fold, organ $organ"
   run OrganSegRSTN/pretrain.py "${ARGUMENTS[@]}" "$PRETRAINING_GPU" "$PRETRAINING_EPOCHS" --width "$PRETRAINING_WIDTH" \
-    --learning_rate "$PRETRAINING_LEARNING_RATE" --crop_margin "$TRAINING_MARGIN" "${PRECISE[@]}" ${SEEDED[@]+"${SEEDED[@]}"}
+    --learning_rate "$PRETRAINING_LEARNING_RATE" --crop_margin "$TRAINING_MARGIN" --resume "${PRECISE[@]}" ${SEEDED[@]+"${SEEDED[@]}"}
 }
 if stage "$ENABLE_PRETRAINING" pretraining; then
   each "$TRAINING_ORGAN_ID" pretrain
@@ -373,8 +373,8 @@ train_plane() {  # train_plane PLANE GPU
   if [[ $DRY_RUN == 1 ]]; then log=/dev/null; else mkdir -p "$DATA_PATH/logs"; fi
   [[ $2 != *,* && -z $TORCHRUN_ARGS ]] || script=training_parallel.py
   call_on "$2" "OrganSegRSTN/$script" "${ARGUMENTS[@]}" "$1" "$2" "${RATES[@]}" "${SAMPLING[@]}" \
-    "${EPOCHS[@]}" "$TRAINING_TIMESTAMP" --fine_iterations "$FINE_ITERATIONS" "${PRECISE[@]}" ${SEEDED[@]+"${SEEDED[@]}"} 2>&1 |
-    last tee ${TORCHRUN_ARGS:+-a} "$log"  # of several machines only the first says something
+    "${EPOCHS[@]}" "$TRAINING_TIMESTAMP" --resume --fine_iterations "$FINE_ITERATIONS" "${PRECISE[@]}" ${SEEDED[@]+"${SEEDED[@]}"} 2>&1 |
+    last tee ${TORCHRUN_ARGS:+-a} "$log"  # of several machines one has something to say
 }
 train() {
   STAGE="training of fold $fold, organ $organ"

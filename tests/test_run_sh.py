@@ -153,6 +153,7 @@ def test_a_dry_run_of_lazy_mode_prints_commands_that_the_scripts_understand_and_
     training, testing = (dict(understood)[f'OrganSegRSTN/{name}.py'] for name in ('training', 'coarse2fine_testing'))
     assert len(training.timestamp) == 15
     assert testing.timestamp1_X == testing.timestamp1_Z == training.timestamp
+    assert training.resume and dict(understood)['OrganSegRSTN/pretrain.py'].resume
 
 
 def test_a_dry_run_of_users_data_has_the_published_defaults(tmp_path, parsed):
