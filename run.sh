@@ -33,7 +33,9 @@ exists() { [[ -e $1 ]]; }  # exists FOLDER/*: does anything match? (quoted, a na
 : "${CURRENT_ORGAN_ID:=1}"              # or several: "1 3 4"
 : "${CURRENT_PLANE:=A}"                 # X, Y, Z, or A for all three
 : "${CURRENT_FOLD:=0}"                  # or A for all folds
-: "${CURRENT_GPU:=${CURRENT_FOLD/A/0}}" # number of a CUDA device, or cpu
+: "${CURRENT_GPU:=${CURRENT_FOLD/A/0}}" # number of a CUDA device, or cpu; several, a process each: 0,1
+: "${PLANE_GPUS:=}"                     # "0 1 2": train and test X, Y and Z at once, each on its own
+: "${TORCHRUN_ARGS:=}"                  # several machines (README.md): what torchrun takes instead of --standalone
 
 #### DEMO SETTINGS ####################################################################################################
 # They serve the built-in phantom only, which lazy mode makes where DATA_PATH holds no images and no RAW_PATH is named.
@@ -89,6 +91,7 @@ fi
 : "${TRAINING_EPOCH_J:=8}"
 : "${LR_DECAY_EPOCH_J_STEP:=2}"         # epochs in J after which the rates halve
 : "${FINE_ITERATIONS:=1}"               # the paper's T: fine steps a sample in I and J
+OWN_TIMESTAMP=${TRAINING_TIMESTAMP:+0}
 if [[ $ENABLE_TRAINING == 1 || $LAZY_MODE == 1 ]]; then
   : "${TRAINING_TIMESTAMP:=$(date +%Y%m%d_%H%M%S)}"
 else
@@ -121,6 +124,7 @@ fi
 : "${ORACLE_TIMESTAMP1_Z:=$ORACLE_TIMESTAMP1}"
 
 : "${COARSE2FINE_TESTING_ORGAN_ID:=$CURRENT_ORGAN_ID}"
+: "${COARSE2FINE_TESTING_GPU:=${PLANE_GPUS%% *}}"   # three planes in one process
 : "${COARSE2FINE_TESTING_GPU:=$CURRENT_GPU}"
 : "${FINE_FUSION_THRESHOLD:=0.5}"
 : "${MAX_ROUNDS:=10}"
@@ -136,7 +140,26 @@ fi
 #### Nothing to edit below ############################################################################################
 ########################################################################################################################
 STAGE=set-up
-trap 'status=$?; [[ $status == 0 ]] || echo "run.sh: stopped in $STAGE (exit code $status)" >&2' EXIT
+TRAINING_BEGUN=0
+ended() {  # whatever ends a run that has failed
+  local status=$?
+  [[ $status != 0 ]] || return 0
+  if [[ $TRAINING_BEGUN == 1 && -z $OWN_TIMESTAMP && $DRY_RUN == 0 ]]; then
+    echo "run.sh: to go on where it stopped: TRAINING_TIMESTAMP=$TRAINING_TIMESTAMP before the same command" >&2
+  fi
+  echo "run.sh: stopped in $STAGE (exit code $status)" >&2
+}
+stop() {  # stop SIGNAL STATUS: hand a signal on to what is running, and end when that has ended
+  trap '' INT TERM HUP
+  local group
+  for group in $(jobs -p); do kill -s "$1" -- "-$group" 2>/dev/null || true; done
+  wait
+  exit "$2"
+}
+trap ended EXIT
+trap 'stop INT 130' INT
+trap 'stop TERM 143' TERM
+trap 'stop TERM 129' HUP  # the terminal is gone
 
 if [[ $DRY_RUN == 1 ]]; then
   : "${PYTHON:=python}"
@@ -148,13 +171,109 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # waiting threads sleep: s
 [[ -z $RAW_PATH || $RAW_PATH == /* ]] || RAW_PATH=$PWD/$RAW_PATH
 [[ $FOLDS =~ ^[0-9]{1,9}$ ]] || { echo "FOLDS is '$FOLDS', not a whole number" >&2; exit 2; }
 
-run() {  # run SCRIPT ARGUMENT ...: one command of a stage, printed or run
+call() {  # call ARGUMENT ...: python with these, printed or run
   if [[ $DRY_RUN == 1 ]]; then
-    printf '%q ' "$PYTHON" "$HERE/$@"
+    printf '%s' "${SHARE:+OMP_NUM_THREADS=$SHARE }"
+    printf '%q ' "$PYTHON" "$@"
     echo
   else
-    "$PYTHON" "$HERE/$@"
+    [[ -z $SHARE ]] || export OMP_NUM_THREADS=$SHARE
+    "$PYTHON" "$@"
   fi
+}
+
+SHARE=  # threads of each of several processes side by side
+share_cores() {  # share_cores PROCESSES; what the user says in OMP_NUM_THREADS goes before
+  local cores=${SHARE:-$(getconf _NPROCESSORS_ONLN)}
+  [[ -n ${OMP_NUM_THREADS:-} ]] || SHARE=$((cores > $1 ? cores / $1 : 1))
+}
+
+call_on() {  # call_on GPUS SCRIPT ARGUMENT ...: for several (0,1) torchrun starts a process each
+  local commas=${1//[^,]/}
+  local processes=$((${#commas} + 1))
+  if [[ $processes == 1 && -z $TORCHRUN_ARGS ]]; then
+    call "$HERE/$2" "${@:3}"
+  else
+    [[ $processes == 1 ]] || share_cores "$processes"
+    # shellcheck disable=SC2086 # several words
+    call -m torch.distributed.run ${TORCHRUN_ARGS:---standalone} --nproc_per_node "$processes" "$HERE/$2" "${@:3}"
+  fi
+}
+
+start() {  # start COMMAND ...: as a JOB, a process group of its own: signals come from `stop`, and are the command's to answer
+  JOB=
+  if [[ $DRY_RUN == 1 ]]; then
+    ("$@")
+  else
+    set -m
+    (set +m; trap : INT TERM; "$@") &
+    JOB=$!
+    set +m
+  fi
+}
+
+finish() {  # finish JOB: wait for its end, and fail as it did
+  [[ -z $1 ]] || wait "$1"
+}
+
+run() {  # run SCRIPT ARGUMENT ...: one command of a stage
+  start call "$HERE/$@"
+  finish "$JOB"
+}
+
+run_on() {  # run_on GPUS SCRIPT ARGUMENT ...: the same on one or several GPUs
+  start call_on "$@"
+  finish "$JOB"
+}
+
+last() {  # last COMMAND ...: the end of a pipe, which sees all of it whatever signals come
+  trap '' INT TERM HUP
+  "$@"
+}
+
+mark() {  # mark WORD: put it before every line
+  local line
+  while IFS= read -r line || [[ -n $line ]]; do printf '%s %s\n' "$1" "$line"; done
+}
+
+beside() {  # beside PLANE PLANES COMMAND ...: at once with the others; its lines are marked, and one says that it failed
+  local status=0
+  share_cores "$(wc -w <<<"$2")"
+  if [[ $DRY_RUN == 1 ]]; then
+    "${@:3}"
+  else
+    { "${@:3}" 2>&1 | last mark "$1:"; } || status=$?
+    [[ $status == 0 ]] || echo "run.sh: $STAGE failed (exit code $status)" >&2
+    return $status
+  fi
+}
+
+plane_gpu() {  # that of a plane in PLANE_GPUS
+  local before=${PLANES%%"$1"*} gpus
+  read -r -a gpus <<<"$PLANE_GPUS"
+  echo "${gpus[${#before}]}"
+}
+PLANES=XYZ
+
+each_plane() {  # each_plane PLANES GPU FUNCTION ARGUMENT ...: FUNCTION PLANE GPU ARGUMENT ... for each, or at once on PLANE_GPUS
+  local stage=$STAGE plane planes jobs='' failed='' status=0
+  planes=$(planes "$1")
+  for plane in $planes; do
+    STAGE="$stage, plane $plane"
+    if [[ -z $PLANE_GPUS ]]; then
+      start "$3" "$plane" "$2" "${@:4}"
+      finish "$JOB"
+    else
+      start beside "$plane" "$planes" "$3" "$plane" "$(plane_gpu "$plane")" "${@:4}"
+      jobs="$jobs $plane:$JOB"
+    fi
+  done
+  STAGE=$stage
+  for plane in $jobs; do
+    finish "${plane#*:}" || { status=$?; failed="$failed ${plane%:*}"; }
+  done
+  [[ -z $failed ]] || STAGE="$stage, plane$failed"
+  return $status
 }
 
 stage() {  # stage SWITCH NAME: is it on? then say so
@@ -184,6 +303,10 @@ each() {  # each "ORGANS" FUNCTION ARGUMENT ...: call FUNCTION ARGUMENT ... for 
       "${@:2}"
     done
   done
+}
+[[ -z $PLANE_GPUS || $(wc -w <<<"$PLANE_GPUS") == 3 ]] || {
+  echo "PLANE_GPUS is '$PLANE_GPUS', not one for each of X, Y and Z" >&2
+  exit 2
 }
 RATES=("$LEARNING_RATE1" "$LEARNING_RATE_M1" "$LEARNING_RATE2" "$LEARNING_RATE_M2" "$TRAINING_MARGIN")
 EPOCHS=("$TRAINING_EPOCH_S" "$TRAINING_EPOCH_I" "$TRAINING_EPOCH_J" "$LR_DECAY_EPOCH_J_STEP")
@@ -231,6 +354,8 @@ if stage "$ENABLE_CHECK_DATA" 'a look at the data'; then
 fi
 
 #### Pretraining: lazy mode keeps what it finds in models/pretrained
+PRETRAINING_GPU=${PLANE_GPUS:-$TRAINING_GPU}
+PRETRAINING_GPU=${PRETRAINING_GPU%%[ ,]*}  # one process
 pretrain() {
   local folder=$DATA_PATH/models/pretrained
   if [[ $ENABLE_PRETRAINING != 1 ]] &&
@@ -239,36 +364,39 @@ pretrain() {
     return
   fi
   STAGE="pretraining of fold $fold, organ $organ"
-  run OrganSegRSTN/pretrain.py "${ARGUMENTS[@]}" "$TRAINING_GPU" "$PRETRAINING_EPOCHS" --width "$PRETRAINING_WIDTH" \
-    --learning_rate "$PRETRAINING_LEARNING_RATE" --crop_margin "$TRAINING_MARGIN" "${PRECISE[@]}" ${SEEDED[@]+"${SEEDED[@]}"}
+  run OrganSegRSTN/pretrain.py "${ARGUMENTS[@]}" "$PRETRAINING_GPU" "$PRETRAINING_EPOCHS" --width "$PRETRAINING_WIDTH" \
+    --learning_rate "$PRETRAINING_LEARNING_RATE" --crop_margin "$TRAINING_MARGIN" --resume "${PRECISE[@]}" ${SEEDED[@]+"${SEEDED[@]}"}
 }
 if stage "$ENABLE_PRETRAINING" pretraining; then
   each "$TRAINING_ORGAN_ID" pretrain
 fi
 
+train_plane() {  # train_plane PLANE GPU
+  local log script=training.py stamp=
+  [[ ${#TRAINING_TIMESTAMP} != 15 ]] || stamp=_$TRAINING_TIMESTAMP
+  log="$DATA_PATH/logs/FD$fold:$1${SLICE_THICKNESS}_$organ$stamp.txt"
+  if [[ $DRY_RUN == 1 ]]; then log=/dev/null; else mkdir -p "$DATA_PATH/logs"; fi
+  [[ $2 != *,* && -z $TORCHRUN_ARGS ]] || script=training_parallel.py
+  call_on "$2" "OrganSegRSTN/$script" "${ARGUMENTS[@]}" "$1" "$2" "${RATES[@]}" "${SAMPLING[@]}" \
+    "${EPOCHS[@]}" "$TRAINING_TIMESTAMP" --resume --fine_iterations "$FINE_ITERATIONS" "${PRECISE[@]}" ${SEEDED[@]+"${SEEDED[@]}"} 2>&1 |
+    last tee ${TORCHRUN_ARGS:+-a} "$log"  # of several machines one has something to say
+}
 train() {
-  local plane log stamp=
-  for plane in $(planes "$TRAINING_PLANE"); do
-    STAGE="training of fold $fold, organ $organ, plane $plane"
-    [[ ${#TRAINING_TIMESTAMP} != 15 ]] || stamp=_$TRAINING_TIMESTAMP
-    log="$DATA_PATH/logs/FD$fold:$plane${SLICE_THICKNESS}_$organ$stamp.txt"
-    if [[ $DRY_RUN == 1 ]]; then log=/dev/null; else mkdir -p "$DATA_PATH/logs"; fi
-    run OrganSegRSTN/training.py "${ARGUMENTS[@]}" "$plane" "$TRAINING_GPU" "${RATES[@]}" "${SAMPLING[@]}" \
-      "${EPOCHS[@]}" "$TRAINING_TIMESTAMP" --fine_iterations "$FINE_ITERATIONS" "${PRECISE[@]}" ${SEEDED[@]+"${SEEDED[@]}"} 2>&1 |
-      tee -i "$log"  # Ctrl-C is training.py's to answer
-  done
+  STAGE="training of fold $fold, organ $organ"
+  each_plane "$TRAINING_PLANE" "$TRAINING_GPU" train_plane
 }
 if stage "$ENABLE_TRAINING" training; then
+  TRAINING_BEGUN=1
   each "$TRAINING_ORGAN_ID" train
 fi
 
+test_plane() {  # test_plane PLANE GPU KIND TIMESTAMP1 TIMESTAMP2
+  call_on "$2" "OrganSegRSTN/$3_testing.py" "${ARGUMENTS[@]}" "$1" "$2" "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" \
+    "$4" "$5" "${PRECISE[@]}" ${NIFTI[@]+"${NIFTI[@]}"}
+}
 test_planes() {  # test_planes KIND PLANES GPU TIMESTAMP1 TIMESTAMP2
-  local plane
-  for plane in $(planes "$2"); do
-    STAGE="$1 testing of fold $fold, organ $organ, plane $plane"
-    run "OrganSegRSTN/$1_testing.py" "${ARGUMENTS[@]}" "$plane" "$3" "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" \
-      "$4" "$5" "${PRECISE[@]}" ${NIFTI[@]+"${NIFTI[@]}"}
-  done
+  STAGE="$1 testing of fold $fold, organ $organ"
+  each_plane "$2" "$3" test_plane "$1" "$4" "$5"
 }
 
 fuse() {  # fuse KIND THRESHOLD TIMESTAMP1_X TIMESTAMP1_Y TIMESTAMP1_Z
@@ -302,7 +430,7 @@ PROBABILITY=()
 
 coarse2fine() {
   STAGE="coarse-to-fine testing of fold $fold, organ $organ"
-  run OrganSegRSTN/coarse2fine_testing.py "${ARGUMENTS[@]}" "${COARSE2FINE[@]}" \
+  run_on "$COARSE2FINE_TESTING_GPU" OrganSegRSTN/coarse2fine_testing.py "${ARGUMENTS[@]}" "${COARSE2FINE[@]}" \
     "${PRECISE[@]}" ${STOP_DSC:+--stop_DSC "$STOP_DSC"} ${NIFTI[@]+"${NIFTI[@]}"} ${PROBABILITY[@]+"${PROBABILITY[@]}"}
 }
 merge_organs() {

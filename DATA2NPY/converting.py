@@ -4,10 +4,8 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from geometry import geometry_file, save_geometry
-from utils import name_fault, whole_file
+from utils import held, name_fault, whole_file, write_array
 
 
 def case_name(text):
@@ -40,7 +38,7 @@ def speaker(case):
 def save_array(path, array):
     """Write a .npy file; it appears only when it is complete."""
     with whole_file(path) as file:
-        np.save(file, array)
+        write_array(file, array)
 
 
 def save_scan(data_path, case, scan):
@@ -61,8 +59,13 @@ def image_file(data_path, case):
     return Path(data_path, 'images', f'{case}.npy')
 
 
-def convert_all(cases, convert):
+def convert_all(data_path, cases, convert):
     """convert(case, sources) for each case of a dict; one that fails is named, the others go on. Exit code: 0 or 1."""
+    with held(Path(data_path, '.lock'), '*/.*.part'):
+        return _convert_all(cases, convert)
+
+
+def _convert_all(cases, convert):
     failed = []
     for case, sources in sorted(cases.items()):
         try:

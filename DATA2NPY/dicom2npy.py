@@ -60,7 +60,7 @@ def main():
             raise FileNotFoundError(f'no DICOM series found for it in {raw}')
         save_scan(out, case, read_series(only_one(case, folders), speaker(case)))
 
-    return convert_all(cases, convert)
+    return convert_all(out, cases, convert)
 
 
 if __name__ == '__main__':

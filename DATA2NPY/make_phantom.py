@@ -22,7 +22,7 @@ from scipy import ndimage
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'OrganSegRSTN'))
 from arguments import Parser, run, whole
-from utils import whole_file
+from utils import held, naming, whole_file
 
 PANCREAS, DUODENUM, STOMACH, LIVER, SPLEEN, RIGHT_KIDNEY, LEFT_KIDNEY, AORTA = range(1, 9)
 FIELD_MM = np.array([316.8, 316.8, 144.0])  # what a volume covers along its rows' axis, columns' axis and slices
@@ -293,15 +293,16 @@ def main():
         if (out / name).exists():
             raise FileExistsError(f'{out / name}: there already; name another folder, or remove this one first')
     unfinished = out / f'.phantom.{os.getpid()}.part'
-    try:
-        for number in range(1, args.cases + 1):
-            write_case(unfinished, number, args)
-        for name in ('DOI', LABELS):
-            (unfinished / name).rename(out / name)
-        with whole_file(made, 'w') as file:
-            file.write(settings)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with held(out / '.lock', '.phantom.*.part'), naming(unfinished):
+        try:
+            for number in range(1, args.cases + 1):
+                write_case(unfinished, number, args)
+            for name in ('DOI', LABELS):
+                (unfinished / name).rename(out / name)
+            with whole_file(made, 'w') as file:
+                file.write(settings)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return 0
 
 

@@ -113,7 +113,7 @@ def main():
     if not images and not any(Path(out, 'images').glob('*.npy')):
         raise FileNotFoundError(f'{out}/images: no image to lay the labels onto; run dicom2npy.py first')
     cases = {case: (images.get(case), labels.get(case)) for case in images.keys() | labels.keys()}
-    return convert_all(cases, lambda case, files: convert_case(out, case, *files, args.orientation))
+    return convert_all(out, cases, lambda case, files: convert_case(out, case, *files, args.orientation))
 
 
 if __name__ == '__main__':

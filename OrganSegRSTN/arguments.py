@@ -5,11 +5,13 @@ A stage lists the names it takes, in order; the published order and meaning of a
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import re
 import signal
 import sys
+import time
 import traceback
 
 
@@ -208,6 +210,13 @@ def uninterrupted():
         raise waiting
 
 
+def tell_torchrun(message):
+    """Where torchrun started this process: let its own report, which follows, end with the message as the cause."""
+    if file := os.environ.get('TORCHELASTIC_ERROR_FILE'):
+        with contextlib.suppress(OSError), open(file, 'w') as report:
+            json.dump({'message': message, 'timestamp': int(time.time())}, report)
+
+
 def run(main):
     """Run a script: a user's mistake ends it with one line and exit code 1, Ctrl-C with 130, SIGTERM with 143.
 
@@ -233,5 +242,7 @@ def run(main):
             traceback.print_exc()
         sys.stdout.flush()
         message = ' '.join(str(error).split()) or type(error).__name__
-        sys.exit(f'{os.path.basename(sys.argv[0])}: error: {message}')
+        message = f'{os.path.basename(sys.argv[0])}: error: {message}'
+        tell_torchrun(message)
+        sys.exit(message)
     sys.exit(status)

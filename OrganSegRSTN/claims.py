@@ -131,6 +131,8 @@ def read_lines(path):
         while line := text.readline(LONGEST_LINE):
             if len(line) == LONGEST_LINE or '\0' in line:
                 raise ValueError(f'line {len(lines) + 1} is not text, or longer than any list has')
+            if not line.endswith('\n'):
+                raise ValueError(f'cut off within line {len(lines) + 1}')
             lines.append(line.rstrip('\n'))
     return lines
 

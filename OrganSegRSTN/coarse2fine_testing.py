@@ -10,10 +10,21 @@ import time
 import numpy as np
 
 import arguments
-from model import pick_device
+import parallel
 from nifti import add_option, export
+from provenance import begin
 from results import Results, prepare_folder
-from testing import PlaneTester, coarse_probability, fine_rounds, require_snapshots, run_settings, stored, to_bytes
+from testing import (
+    PlaneTester,
+    coarse_probability,
+    fine_rounds,
+    first_alone,
+    require_snapshots,
+    run_settings,
+    share_out,
+    stored,
+    to_bytes,
+)
 from utils import (
     PLANES,
     DSC_computation,
@@ -37,7 +48,8 @@ def main():
                       help="store the last round's mean probability, too, as merge_organs.py needs it")  # fmt: skip
     add_option(made)
     args = arguments.parse(made)
-    device = pick_device(args.GPU_ID)
+    parallel.quiet()
+    device, run = begin(args)
     snapshots = [find_snapshot(args, plane, getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
     coarse, fine = (
         [PlaneTester(args, plane, snapshot, TEST, device) for plane, snapshot in zip(PLANES, snapshots)]
@@ -47,22 +59,35 @@ def main():
     tested = read_cases(args.data_path, 'testing', args.current_fold)
     needed = 'P' if args.probability else 'R0'
     require_snapshots(fine, [folder / 'volumes' / f'{needed}_{number}.npz' for number in range(1, len(tested) + 1)])
-    settings = run_settings(args, tested, snapshots)
-    prepare_folder(folder, settings | {'stop_DSC': args.stop_DSC or 'none'})
+
+    def masks_and_label(number, case):
+        start = time.time()
+        label = case.label(args.data_path, args.organ_ID)
+        masks = case_rounds(args, folder, case, number, label.shape, coarse, fine)
+        print(f'    {case.image_file}: {time.time() - start:.1f} s', flush=True)
+        return masks, label
+
+    with first_alone(folder, *(coarse_folder(args, tester) for tester in coarse)):
+        if parallel.rank() == 0:
+            prepare_folders(args, folder, coarse, run_settings(args, tested, snapshots), run)
+        if not share_out(tested, masks_and_label):
+            return
+        cases = []
+        with Results(folder) as results:
+            results('Fusing results of 1 snapshots:')
+            for number, case in enumerate(tested, 1):
+                results(f'  Testcase {number}:')
+                masks, label = masks_and_label(number, case)
+                export(args, folder / 'volumes' / f'R{len(masks) - 1}_{number}.npz', masks[-1], case)
+                cases.append(report_rounds(results, label, masks))
+            report_averages(results, cases, args.max_rounds)
+
+
+def prepare_folders(args, folder, coarse, settings, run):
+    """Make sure that the volumes in the result folder, and in those of coarse testing, are of these settings."""
+    prepare_folder(folder, settings | {'stop_DSC': args.stop_DSC or 'none'}, run)
     for tester, checksum in zip(coarse, settings['snapshots']):
-        prepare_folder(coarse_folder(args, tester), settings | {'snapshots': [checksum]})
-    cases = []
-    with Results(folder) as results:
-        results('Fusing results of 1 snapshots:')
-        for number, case in enumerate(tested, 1):
-            start = time.time()
-            results(f'  Testcase {number}:')
-            label = case.label(args.data_path, args.organ_ID)
-            masks = case_rounds(args, folder, case, number, label.shape, coarse, fine)
-            export(args, folder / 'volumes' / f'R{len(masks) - 1}_{number}.npz', masks[-1], case)
-            cases.append(report_rounds(results, label, masks))
-            print(f'    {case.image_file}: {time.time() - start:.1f} s', flush=True)
-        report_averages(results, cases, args.max_rounds)
+        prepare_folder(coarse_folder(args, tester), settings | {'snapshots': [checksum]}, run)
 
 
 def folder_name(args, snapshots):

@@ -3,7 +3,9 @@
 import numpy as np
 
 from nifti import export
-from results import Results, prepare_folder, read_settings
+from parallel import rank
+from provenance import print_provenance, provenance
+from results import Results, hold, prepare_folder, read_settings
 from utils import (
     PLANES,
     DSC_computation,
@@ -21,16 +23,20 @@ FUSIONS = [*PLANES, 'F1', 'F2', 'F3', 'F1P', 'F2P', 'F3P']
 
 def fuse(args, stage):
     """Fuse the volumes of a fold's test cases: volumes/{X|Y|Z|F1|F2|F3|F1P|F2P|F3P}_{case}.npz and results.txt."""
+    if rank():  # under torchrun: one process is enough
+        return
     print('device: CPU (fusion needs no other)')
+    made = provenance(args, 'CPU')
+    print_provenance(made)
     snapshots = [find_snapshot(args, plane, getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
     epoch = epoch_name(args)
     planes = ','.join(name.removeprefix(f'FD{args.current_fold}:') for name in snapshots)
     folder = results_folder(args, stage, f'FD{args.current_fold}:fusion:{planes}_{epoch},{args.threshold}')
     sources = [results_folder(args, stage, snapshot) for snapshot in snapshots]
     cases = read_cases(args.data_path, 'testing', args.current_fold)
-    prepare_folder(folder, {'planes': [read_settings(source / 'run.json') for source in sources]})
     values = {fusion: [] for fusion in FUSIONS}
-    with Results(folder) as results:
+    with hold(folder), Results(folder) as results:
+        prepare_folder(folder, {'planes': [read_settings(source / 'run.json') for source in sources]}, made)
         results('Fusing results of 1 snapshots:')
         for number, case in enumerate(cases, 1):
             results(f'  Testcase {number}:')

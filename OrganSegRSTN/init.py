@@ -14,7 +14,19 @@ from tqdm import tqdm
 
 import arguments
 from slices import Slice, organ_extents, plane_view, slice_averages
-from utils import PLANES, fold_list, in_training_set, is_organ, load_array, name_fault, slice_list, whole_file
+from utils import (
+    PLANES,
+    fold_list,
+    held,
+    in_training_set,
+    is_organ,
+    load_array,
+    name_fault,
+    naming,
+    slice_list,
+    whole_file,
+    write_array,
+)
 
 TOGETHER = 32  # slices gathered at a time
 
@@ -26,11 +38,14 @@ def main():
     if len(names) < args.folds:
         raise ValueError(f'{args.data_path}: {len(names)} cases cannot be divided into {args.folds} folds')
     records = {plane: [] for plane in PLANES}
-    with ThreadPoolExecutor(os.cpu_count()) as writers:
-        for number, name in enumerate(tqdm(names, desc='cases', disable=None)):
-            for plane, found in initialize_case(args, number, name, writers).items():
-                records[plane] += found
-    write_lists(args, names, records)
+    with held(Path(args.data_path, '.lock'), '.check_data*.part', '*/.*.part'):
+        for former in Path(args.data_path, 'lists').glob('*.txt'):  # a run that is cut off leaves none that lie
+            former.unlink()
+        with ThreadPoolExecutor(os.cpu_count()) as writers:
+            for number, name in enumerate(tqdm(names, desc='cases', disable=None)):
+                for plane, found in initialize_case(args, number, name, writers).items():
+                    records[plane] += found
+        write_lists(args, names, records)
 
 
 def case_names(data):
@@ -101,7 +116,9 @@ def write_slices(folder, volume, plane):
     part.mkdir(parents=True)
     try:
         for j, image in enumerate(contiguous_slices(volume, plane)):
-            np.save(part / f'{j:04d}.npy', image)
+            path = part / f'{j:04d}.npy'
+            with naming(path), open(path, 'wb') as file:
+                write_array(file, image)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     finally:
@@ -125,8 +142,6 @@ def write_lists(args, names, records):
                 for i, name in enumerate(names)
                 if in_training_set(len(names), i, args.folds, fold) == (kind == 'training')
             ]
-    for stale in set(Path(args.data_path, 'lists').glob('*_FD*.txt')) - set(files):  # of more folds, formerly
-        stale.unlink()
     for path, lines in files.items():
         with whole_file(path, 'w') as file:
             file.writelines(f'{line}\n' for line in lines)

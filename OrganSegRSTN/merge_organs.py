@@ -14,7 +14,8 @@ import numpy as np
 import arguments
 from coarse2fine_testing import finished, folder_name, probability_file, stored_rounds
 from nifti import write_on_scan
-from results import Results, read_settings
+from provenance import print_provenance, provenance
+from results import Results, hold, prepare_folder, read_settings
 from utils import (
     PLANES,
     DSC_computation,
@@ -30,12 +31,15 @@ from utils import (
 def main():
     args = arguments.parse(arguments.parser(__doc__, arguments.MERGING, arguments.FUSION_OPTIONAL))
     print('device: CPU (merging needs no other)')
+    made = provenance(args, 'CPU')
+    print_provenance(made)
     tested = {organ: tested_organ(args, organ) for organ in args.organ_IDs}
     folder = merged_folder(args)
-    for file in folder.glob('*.nii.gz'):  # of other cases, maybe
-        file.unlink()
     scores = {organ: [] for organ in tested}
-    with Results(folder) as results:
+    with hold(folder), Results(folder) as results:
+        prepare_folder(folder, {}, made)
+        for file in folder.glob('*.nii.gz'):  # of other cases, maybe
+            file.unlink()
         results(f'Merging organs {", ".join(map(str, tested))}:')
         for number, case in enumerate(read_cases(args.data_path, 'testing', args.current_fold), 1):
             results(f'  Testcase {number}:')

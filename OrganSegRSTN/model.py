@@ -245,15 +245,15 @@ def set_precision(model, precision, store=False):
 def pick_device(GPU_ID):
     """The device of a run, said in a line: CUDA device number GPU_ID, or the CPU without CUDA or with `cpu`.
 
-    Of several numbers (`0,1,2,3`) each process on a machine takes its own.
+    Of several (`0,1,2,3`, or `cpu,cpu`) each process on a machine takes its own.
     """
     os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')  # torch's memory in huge pages: a third less time on a CPU
-    if GPU_ID == 'cpu' or not torch.cuda.is_available():
-        why = 'as asked' if GPU_ID == 'cpu' else f'no CUDA device found, GPU_ID {GPU_ID} is not used'
+    mine = [*GPU_ID.split(','), ''][min(parallel.local_rank(), GPU_ID.count(',') + 1)]
+    if mine == 'cpu' or not torch.cuda.is_available():
+        why = 'as asked' if mine == 'cpu' else f'no CUDA device found, GPU_ID {GPU_ID} is not used'
         device = torch.device('cpu')
         print(f'device: {device_name(device)} ({why})', flush=True)
         return device
-    mine = [*GPU_ID.split(','), ''][min(parallel.local_rank(), GPU_ID.count(',') + 1)]
     if not mine.isdigit() or int(mine) >= torch.cuda.device_count():
         raise ValueError(
             f'GPU_ID {GPU_ID} holds no CUDA device for process {parallel.local_rank()} of this machine; '

@@ -26,8 +26,9 @@ import numpy as np
 import arguments
 from check_data import intensity_doubts
 from coarse2fine_testing import agreement
-from model import load_RSTN, load_weights, pick_device
+from model import load_RSTN, load_weights
 from nifti import affine_header, axis_codes, grid_header, is_nifti_name, known, write_nifti
+from provenance import begin
 from testing import coarse_probability, fine_rounds, predict_volume, to_bytes
 from utils import PLANES
 
@@ -43,7 +44,7 @@ SNAPSHOT = re.compile(r'FD\d+.(?P<plane>[XYZ])(?P<mode>[SIJ])[13]_(?P<organ>\d+)
 
 def main():
     args = parse()
-    device = pick_device(args.GPU_ID)
+    device, _ = begin(args)
     check_outputs(args)
     snapshots = [split_snapshots(getattr(args, f'SNAPSHOT_{plane}')) for plane in PLANES]
     thickness = check_snapshots(snapshots, args.force)

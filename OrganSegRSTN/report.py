@@ -22,6 +22,7 @@ from measures import TOLERANCE
 from report_data import AGREEMENTS, Source, read_logs, read_results
 from report_pictures import COLOURS, COLUMNS, draw_losses, write_chart
 from report_runs import DISTANCES, RunReport
+from utils import held, naming
 
 FIGURES = ('mean', 'std', 'min', 'max')
 
@@ -66,13 +67,14 @@ def arguments_of():
 def fresh_folder(path):
     """A new folder that takes the place of `path` when it is complete."""
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    part.mkdir()
-    try:
-        yield part
-        shutil.rmtree(path, ignore_errors=True)
-        part.rename(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with held(path.with_name(f'.{path.name}.lock'), f'.{path.name}.*.part'), naming(path):
+        part.mkdir()
+        try:
+            yield part
+            shutil.rmtree(path, ignore_errors=True)
+            part.rename(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def loss_chart(folder, index, log):

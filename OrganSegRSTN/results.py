@@ -1,12 +1,15 @@
 """results.txt and run.json of a result folder: what came out, and what it was made with."""
 
+import contextlib
 import hashlib
 import json
 import math
 import statistics
 
 from claims import open_file, read_json
-from utils import whole_file
+from utils import held, whole_file
+
+RUNS = 'runs'  # key of run.json: what is told of the runs that went into the folder; the others are settings
 
 
 class Results:
@@ -44,14 +47,30 @@ class Results:
         print(f'written: {self.path.parent}', flush=True)
 
 
-def prepare_folder(folder, settings):
+@contextlib.contextmanager
+def hold(*folders):
+    """Hold result folders for the block: a second run into one of them is told who is at work, and stops."""
+    with contextlib.ExitStack() as locks:
+        for folder in folders:
+            locks.enter_context(held(folder / '.lock', '.*.part', 'volumes/.*.part'))
+        try:
+            yield
+        except KeyboardInterrupt:
+            if folders:
+                print(f'stopped: the volumes in {folders[0]} are whole; the next run goes on after them', flush=True)
+            raise
+
+
+def prepare_folder(folder, settings, made):
     """Make sure that what is stored in folder/volumes was made with these settings (kept in folder/run.json).
 
     Volumes made with others are removed, said in a line; volumes without a run.json (the published pipeline's) are kept.
-    A value None is unknown and equals any.
+    A value None is unknown and equals any. made: the provenance of this run, told beside that of the former runs that
+    made some of the volumes.
     """
     path = folder / 'run.json'
     volumes = list(folder.glob('volumes/*.npz'))
+    content = _read_json(path)
     former = read_settings(path)
     if volumes and former is None:
         print(f'{folder}: {len(volumes)} volumes of unknown settings are taken as they are (no run.json)')
@@ -63,9 +82,10 @@ def prepare_folder(folder, settings):
             volume.unlink()
             volume.with_suffix('.nii.gz').unlink(missing_ok=True)
     known = settings if former is None else {key: _known(former.get(key), value) for key, value in settings.items()}
-    if known != former:
+    runs = [run for run in content.get(RUNS, []) if volumes and not differing and run != made]
+    if known | {RUNS: [*runs, made]} != content:
         with whole_file(path, 'w') as file:
-            json.dump(known, file, indent=1)
+            json.dump(known | {RUNS: [*runs, made]}, file, indent=1)
 
 
 def _known(former, now):
@@ -86,11 +106,16 @@ def _same(former, now):
 
 
 def read_settings(path):
-    """The settings in a run.json; None where there is none that can be read."""
+    """The settings in a run.json, without its runs; None where there is none that can be read."""
+    return {key: value for key, value in _read_json(path).items() if key != RUNS} or None
+
+
+def _read_json(path):
+    """The content of a run.json; {} where there is none that can be read."""
     try:
         return read_json(path)
     except (FileNotFoundError, ValueError):
-        return None
+        return {}
 
 
 def checksum(path):

@@ -1,5 +1,6 @@
 """Testing a volume: one network along one plane (coarse, oracle, fine), and the rounds of coarse to fine."""
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import load_RSTN, missing_weights, pick_device
+import parallel
+from model import load_RSTN, missing_weights
 from nifti import export
-from results import Results, checksum, prepare_folder
+from provenance import begin
+from results import Results, checksum, hold, prepare_folder
 from slices import SliceAverage, plane_view, slice_window
 from utils import (
     DSC_computation,
@@ -64,7 +67,9 @@ def predict_volume(net, image, plane, window, thickness, device, label=None, sco
     windows = {j: slice_window(j, len(views['image']), thickness) for j in range(len(views['image']))}
     seen = [j for j, ids in windows.items() if marks is None or marks[ids].any()]
     batch = max(TOGETHER // views['image'][0].size, 1) if marks is None else 1  # boxes differ in size
-    for first in tqdm(range(0, len(seen), batch), desc=f'plane {plane}', leave=False, disable=None):
+    for first in tqdm(
+        range(0, len(seen), batch), desc=f'plane {plane}', leave=False, disable=parallel.rank() > 0 or None
+    ):
         places = seen[first : first + batch]
         ids = np.array([windows[j] for j in places])  # (N, 3)
         inputs = {name: view[ids[:, :thickness]].astype(np.float32) for name, view in views.items() if name != 'image'}
@@ -110,34 +115,67 @@ def require_snapshots(testers, volumes):
             raise missing_weights(tester.path)
 
 
+@contextlib.contextmanager
+def first_alone(*folders):
+    """Hold the result folders for the block; of several processes the first does, and the others follow its set-up.
+
+    Within the block the processes can wait for each other. They exchange no tensors, so gloo serves GPUs, too.
+    """
+    with parallel.process_group(torch.device('cpu')), hold(*(folders if parallel.rank() == 0 else ())):
+        yield
+
+
+def share_out(cases, compute):
+    """Let each of several processes call compute(number, case) for its share of the cases, numbered from 1.
+
+    -> whether this process is the first, which then goes through all cases and finds their volumes stored.
+    """
+    parallel.wait()  # the first has prepared the folders
+    if parallel.world_size() > 1:
+        for number, case in list(enumerate(cases, 1))[parallel.rank() :: parallel.world_size()]:
+            compute(number, case)
+    parallel.wait()
+    return parallel.rank() == 0
+
+
 def test_plane(args, stage, TEST):
     """Coarse or oracle testing of a fold's test cases along a plane: volumes/{epoch}_{case}.npz and results.txt."""
-    device = pick_device(args.GPU_ID)
+    parallel.quiet()
+    device, made = begin(args)
     snapshot = find_snapshot(args, args.plane, args.timestamp1)
     folder = results_folder(args, stage, snapshot)
     cases = read_cases(args.data_path, 'testing', args.current_fold)
     tester = PlaneTester(args, args.plane, snapshot, TEST, device)
-    files = [folder / 'volumes' / f'{epoch_name(args)}_{number}.npz' for number in range(1, len(cases) + 1)]
-    require_snapshots([tester], files)
-    kinds = ('image_file', 'label_file') if TEST == 'O' else ('image_file',)
-    prepare_folder(folder, run_settings(args, cases, [snapshot], kinds))
     epoch = epoch_name(args)
-    scores = []
-    with Results(folder) as results:
-        results(f'Evaluating snapshot {epoch}:')
-        for number, (case, file) in enumerate(zip(cases, files), 1):
-            start = time.time()
-            image, label = case.image(args.data_path), case.label(args.data_path, args.organ_ID)
-            volumes = {'label': label} if TEST == 'O' else {}
-            volume = stored(
-                file, image.shape, lambda image=image, volumes=volumes: to_bytes(tester.predict(image, **volumes))
-            )
-            export(args, file, volume >= 128, case)
-            scores.append(DSC_computation(label, volume >= 128))
-            results(f'  Testcase {number}: DSC = {scores[-1]} .')
-            print(f'    {case.image_file}: {time.time() - start:.1f} s', flush=True)
-        mean, _ = results.average([score.value for score in scores])
-        results(f'Snapshot {epoch}: average DSC = {mean} .')
+
+    def file(number):
+        return folder / 'volumes' / f'{epoch}_{number}.npz'
+
+    def volume_and_label(number, case):
+        start = time.time()
+        image, label = case.image(args.data_path), case.label(args.data_path, args.organ_ID)
+        volumes = {'label': label} if TEST == 'O' else {}
+        volume = stored(file(number), image.shape, lambda: to_bytes(tester.predict(image, **volumes)))
+        print(f'    {case.image_file}: {time.time() - start:.1f} s', flush=True)
+        return volume, label
+
+    require_snapshots([tester], [file(number) for number in range(1, len(cases) + 1)])
+    with first_alone(folder):
+        if parallel.rank() == 0:
+            kinds = ('image_file', 'label_file') if TEST == 'O' else ('image_file',)
+            prepare_folder(folder, run_settings(args, cases, [snapshot], kinds), made)
+        if not share_out(cases, volume_and_label):
+            return
+        scores = []
+        with Results(folder) as results:
+            results(f'Evaluating snapshot {epoch}:')
+            for number, case in enumerate(cases, 1):
+                volume, label = volume_and_label(number, case)
+                export(args, file(number), volume >= 128, case)
+                scores.append(DSC_computation(label, volume >= 128))
+                results(f'  Testcase {number}: DSC = {scores[-1]} .')
+            mean, _ = results.average([score.value for score in scores])
+            results(f'Snapshot {epoch}: average DSC = {mean} .')
 
 
 def coarse_probability(volumes):

@@ -4,10 +4,12 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 import socket
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -136,21 +138,39 @@ def whole_file(path, mode='wb'):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name[:200]}.{os.getpid()}.part')
     try:
-        with open(part, mode, encoding=None if 'b' in mode else 'utf-8') as file:
+        with naming(path, part), open(part, mode, encoding=None if 'b' in mode else 'utf-8') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that cannot be written to; the block's own error tells
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def held(path, parts):
+def naming(path, part=None):
+    """Let an OSError of the block that names no file, or `part`, name `path`: also one that a library hides behind its own.
+
+    numpy and torch answer a full disk with a ValueError or RuntimeError about the archive that they could not close.
+    """
+    try:
+        yield
+    except Exception as error:
+        behind = error
+        while behind and not (isinstance(behind, OSError) and behind.errno and behind.filename in (None, str(part))):
+            behind = behind.__context__
+        if behind is None:
+            raise
+        raise OSError(behind.errno, behind.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
+def held(path, *parts):
     """Hold the lock file `path` for the block; ValueError names the process that holds it already.
 
-    What a killed run left half-written is removed: what the pattern `parts` finds beside the lock. The kernel frees
-    the lock however the process ends.
+    What a killed run left half-written is removed: files and folders that the patterns `parts` find beside the lock.
+    The kernel frees the lock however the process ends.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,16 +186,24 @@ def held(path, parts):
         if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
             break
         lock.close()  # its last holder has removed it since
-    with lock:
-        lock.truncate(0)
-        lock.write(f'process {os.getpid()} on {socket.gethostname()} ({os.path.basename(sys.argv[0])})')
-        lock.flush()
-        for part in path.parent.glob(parts):
-            part.unlink(missing_ok=True)
-        try:
-            yield
-        finally:
+    try:
+        with naming(path):
+            os.truncate(lock.fileno(), 0)
+            os.write(
+                lock.fileno(),
+                f'process {os.getpid()} on {socket.gethostname()} ({os.path.basename(sys.argv[0])})'.encode(),
+            )
+        for pattern in parts:
+            for part in list(path.parent.glob(pattern)):
+                if part.is_dir():
+                    shutil.rmtree(part)
+                else:
+                    part.unlink(missing_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+        lock.close()
 
 
 def load_array(path):
@@ -188,6 +216,11 @@ def load_array(path):
         raise FileNotFoundError(f'{path}: no such file') from None
     except (ValueError, EOFError, RecursionError) as error:
         raise ValueError(f'{path}: not a readable .npy array ({error}); make it again') from None
+
+
+def write_array(file, array):
+    """Write a .npy into an open file through its own `write`: numpy's short cut does not tell a full disk's error."""
+    np.save(SimpleNamespace(write=file.write), array)
 
 
 def save_volume(path, volume):
@@ -268,7 +301,7 @@ def fold_list(data_path, kind, fold):
 
 
 def read_list(path):
-    """The lines of a list that init.py wrote."""
+    """The lines of a list that init.py wrote; one that ends within a line was cut off."""
     try:
         return read_lines(path)
     except FileNotFoundError:

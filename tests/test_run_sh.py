@@ -154,6 +154,7 @@ def test_a_dry_run_of_lazy_mode_prints_commands_that_the_scripts_understand_and_
     training, testing = (dict(understood)[f'OrganSegRSTN/{name}.py'] for name in ('training', 'coarse2fine_testing'))
     assert len(training.timestamp) == 15
     assert testing.timestamp1_X == testing.timestamp1_Z == training.timestamp
+    assert training.resume and dict(understood)['OrganSegRSTN/pretrain.py'].resume
 
 
 def test_a_dry_run_of_users_data_has_the_published_defaults(tmp_path, parsed):
@@ -262,3 +263,131 @@ def test_a_switch_that_is_neither_0_nor_1_is_refused(tmp_path):
     done = run_sh(DRY_RUN=1, ENABLE_TRAINING='yes', DATA_PATH=tmp_path)
     assert done.returncode == 2
     assert "the switch of training is 'yes', not 0 or 1" in done.stderr
+
+
+# --- several GPUs, and signals -------------------------------------------------------------------------------------
+
+
+def launched(out):
+    """[(processes or None, script, arguments)] of a dry run in which torchrun may start scripts."""
+    found = []
+    for line in out.splitlines():
+        if line and not line.startswith('#'):
+            words = [word for word in shlex.split(line) if not word.startswith('OMP_NUM_THREADS=')][1:]
+            processes = None
+            if words[:2] == ['-m', 'torch.distributed.run']:
+                processes = ' '.join(words[2 : (place := words.index('--nproc_per_node') + 2)])
+                words = words[place:]
+            found.append((processes, words[0].removeprefix(f'{REPO}/OrganSegRSTN/'), words[1:]))
+    return found
+
+
+def test_a_stage_on_several_gpus_is_started_by_torchrun_with_a_process_for_each(tmp_path):
+    done = run_sh(DRY_RUN=1, ENABLE_PRETRAINING=1, ENABLE_TRAINING=1, ENABLE_COARSE_TESTING=1, ENABLE_COARSE_FUSION=1,
+                  ENABLE_ORACLE_TESTING=1, ENABLE_COARSE2FINE_TESTING=1, DATA_PATH=tmp_path, CURRENT_PLANE='Y', CURRENT_GPU='5,6',
+                  TRAINING_GPU='0,1,2,3', COARSE2FINE_TESTING_GPU='1')  # fmt: skip
+    found = launched(done.stdout)
+    assert [(processes, script) for processes, script, _ in found] == [
+        (None, 'pretrain.py'), ('--standalone --nproc_per_node 4', 'training_parallel.py'),
+        ('--standalone --nproc_per_node 2', 'coarse_testing.py'), (None, 'coarse_fusion.py'),
+        ('--standalone --nproc_per_node 2', 'oracle_testing.py'), (None, 'coarse2fine_testing.py'),
+    ]  # fmt: skip
+    assert [arguments[8] for _, script, arguments in found if script == 'pretrain.py'] == ['0']
+    assert [arguments[9] for _, script, arguments in found if script.startswith('training')] == ['0,1,2,3']
+    assert [arguments[9] for _, script, arguments in found if script == 'coarse_testing.py'] == ['5,6']
+
+
+def test_processes_side_by_side_share_the_cores_unless_the_user_says_how(tmp_path):
+    flags = {
+        'DRY_RUN': 1,
+        'ENABLE_COARSE_TESTING': 1,
+        'DATA_PATH': tmp_path,
+        'CURRENT_PLANE': 'Y',
+        'CURRENT_GPU': '0,1',
+    }
+    threads = max(os.cpu_count() // 2, 1)
+    assert run_sh(**flags, OMP_NUM_THREADS='').stdout.splitlines()[1].startswith(f'OMP_NUM_THREADS={threads} ')
+    assert 'OMP_NUM_THREADS' not in run_sh(**flags, OMP_NUM_THREADS=3).stdout
+
+
+def test_several_machines_are_told_to_torchrun(tmp_path):
+    there = '--nnodes 2 --rdzv_backend c10d --rdzv_endpoint host:29500'
+    done = run_sh(
+        DRY_RUN=1, ENABLE_TRAINING=1, DATA_PATH=tmp_path, CURRENT_PLANE='Z', CURRENT_GPU=0, TORCHRUN_ARGS=there
+    )
+    [(processes, script, _)] = launched(done.stdout)
+    assert (processes, script) == (f'{there} --nproc_per_node 1', 'training_parallel.py')
+
+
+def test_plane_gpus_are_one_for_each_plane_and_the_first_for_what_takes_one(tmp_path):
+    flags = {'DRY_RUN': 1, 'ENABLE_PRETRAINING': 1, 'ENABLE_TRAINING': 1, 'ENABLE_COARSE_TESTING': 1,
+             'ENABLE_COARSE2FINE_TESTING': 1, 'DATA_PATH': tmp_path}  # fmt: skip
+    found = launched(run_sh(**flags, PLANE_GPUS='4 cpu 6').stdout)
+    assert [(script, arguments[8:10]) for _, script, arguments in found if script in ('training.py', 'coarse_testing.py')] == [
+        (script, [plane, gpu])
+        for script in ('training.py', 'coarse_testing.py')
+        for plane, gpu in (('X', '4'), ('Y', 'cpu'), ('Z', '6'))
+    ]  # fmt: skip
+    assert [arguments[8] for _, script, arguments in found if script in ('pretrain.py', 'coarse2fine_testing.py')] == [
+        '4',
+        '4',
+    ]
+    done = run_sh(**flags, PLANE_GPUS='0 1')
+    assert (done.returncode, "PLANE_GPUS is '0 1', not one for each" in done.stderr) == (2, True)
+
+
+SETTINGS = {'TRAINING_MARGIN': '4', 'TRAINING_EPOCH_S': '1', 'TRAINING_EPOCH_I': '1', 'TRAINING_EPOCH_J': '1',
+            'LR_DECAY_EPOCH_J_STEP': '1', 'CURRENT_GPU': 'cpu', 'PLANE_GPUS': 'cpu cpu cpu'}  # fmt: skip
+
+
+def test_planes_at_once_mark_their_lines_and_a_failure_of_one_ends_the_stage_and_names_it(tested):
+    next(tested.glob('models/snapshots/*/FD0:YJ3_1.pkl')).unlink()
+    done = run_sh(ENABLE_COARSE_TESTING=1, ENABLE_COARSE_FUSION=1, DATA_PATH=tested, **SETTINGS)
+    assert done.returncode == 1
+    assert stages(done.stdout) == ['coarse testing']
+    said = [line for line in done.stdout.splitlines() if not line.startswith('#')]
+    assert {line[:3] for line in said} == {'X: ', 'Y: ', 'Z: '}
+    assert sorted(line[0] for line in said if line[3:].startswith('written: ')) == ['X', 'Z']
+    assert done.stderr.splitlines() == [
+        'run.sh: coarse testing of fold 0, organ 1, plane Y failed (exit code 1)',
+        'run.sh: stopped in coarse testing of fold 0, organ 1, plane Y (exit code 1)',
+    ]
+
+
+WAITS = """
+import sys, time
+def hook(event, args):
+    if event == 'os.rename' and str(args[1]).endswith('e1111_2.npz'):
+        open(str(args[1]) + '.waits', 'w').close()
+        time.sleep(600)
+sys.addaudithook(hook)
+"""
+
+
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_run_sh_ends_all_planes_before_it_ends(tested, tmp_path, number, code):
+    (tmp_path / 'sitecustomize.py').write_text(WAITS)
+    process = subprocess.Popen(
+        ['bash', REPO / 'run.sh'], env=environment(ENABLE_COARSE_TESTING=1, DATA_PATH=tested, PYTHONPATH=tmp_path, **SETTINGS),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 300
+    while len(list(tested.rglob('*.waits'))) < 3 and process.poll() is None and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert sorted(line[0] for line in out.splitlines() if line[3:].startswith('stopped: the volumes in')) == [
+        'X',
+        'Y',
+        'Z',
+    ]
+    assert err.splitlines()[-1].startswith('run.sh: stopped in coarse testing of fold 0, organ 1')
+    assert [path.name for path in tested.rglob('.*')] == []
+
+
+def test_a_stopped_training_of_run_shs_own_timestamp_says_how_to_go_on(data):
+    done = run_sh(ENABLE_TRAINING=1, DATA_PATH=data)
+    stamp = re.fullmatch(r'FD0:X3_1_(.{15})\.txt', next((data / 'logs').iterdir()).name)[1]
+    assert f'to go on where it stopped: TRAINING_TIMESTAMP={stamp} before the same command' in done.stderr
+    assert 'to go on' not in run_sh(ENABLE_TRAINING=1, DATA_PATH=data, TRAINING_TIMESTAMP=stamp).stderr
