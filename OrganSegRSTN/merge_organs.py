@@ -34,6 +34,7 @@ def main():
     made = provenance(args, 'CPU')
     print_provenance(made)
     tested = {organ: tested_organ(args, organ) for organ in args.organ_IDs}
+    cases = read_cases(args.data_path, 'testing', args.current_fold)
     folder = merged_folder(args)
     scores = {organ: [] for organ in tested}
     with hold(folder), Results(folder) as results:
@@ -41,7 +42,7 @@ def main():
         for file in folder.glob('*.nii.gz'):  # of other cases, maybe
             file.unlink()
         results(f'Merging organs {", ".join(map(str, tested))}:')
-        for number, case in enumerate(read_cases(args.data_path, 'testing', args.current_fold), 1):
+        for number, case in enumerate(cases, 1):
             results(f'  Testcase {number}:')
             labels = {organ: case.label(args.data_path, organ) for organ in tested}
             merged = merge({organ: last_round(tested[organ], number, labels[organ].shape) for organ in tested})
