@@ -40,7 +40,7 @@ class Losses:
         self.start, self.total, self.count = time.time(), 0.0, 0
 
     def add(self, losses):
-        self.total += np.array(losses)
+        self.total = self.total + np.array(losses)
         self.count += 1
 
     @property

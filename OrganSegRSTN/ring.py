@@ -106,12 +106,21 @@ def as_matrix_product(layer, x):
     """An unpadded convolution (Conv2d) of x (N, C, A, B), as one product with the weights where they lie in memory."""
     weight, (height, width) = layer.weight.flatten(1), layer.kernel_size  # (outputs, inputs)
     patches = x.unfold(2, height, 1).unfold(3, width, 1).movedim(1, 3).flatten(3)  # (N, a, b, inputs)
-    few = patches.shape[:3].numel() <= FEW
-    dtype = weight.dtype if few else x.dtype
-    patches, weight, bias = patches.to(dtype), weight.to(dtype), layer.bias.to(dtype)
-    if few or dtype is not torch.float32:
-        return F.linear(patches, weight, bias).movedim(3, 1)
-    return F.conv2d(patches.movedim(3, 1).contiguous(), weight[:, :, None, None], bias)  # twice as fast as MKL on AMD
+    rows = patches.flatten(0, 2)
+    dtype = weight.dtype if len(rows) <= FEW else x.dtype
+    y = product(rows.to(dtype), weight.to(dtype)) + layer.bias.to(dtype)
+    return y.unflatten(0, patches.shape[:3]).movedim(3, 1)
+
+
+def product(rows, weight):
+    """rows (n, inputs) times weight (outputs, inputs), transposed: (n, outputs).
+
+    In float32 on a CPU as a 1 x 1 convolution whose image is the weights and whose kernels are the rows: it reads 100 M
+    weights once, as they lie, and takes a half to a quarter of the time of a matrix product, backwards as well.
+    """
+    if weight.dtype is torch.float32 and weight.device.type == 'cpu':
+        return F.conv2d(weight[None, None].movedim(3, 1), rows[:, :, None, None])[0, :, 0]
+    return F.linear(rows, weight)
 
 
 def _weights(net, block, conv, dtype):

@@ -8,11 +8,13 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import CODE, FOLDER, pretrain_args, run_script, training_args
 
 from model import load_weights
+from resuming import Losses
 
 SNAPSHOTS = f'models/snapshots/{FOLDER}'
 EPOCHS = (1, 1, 1, 1)
@@ -80,6 +82,17 @@ def assert_as_undisturbed(undisturbed, data, out):
     for name in MODES:
         assert same_weights(data / SNAPSHOTS / name, undisturbed.data / SNAPSHOTS / name), name
     assert sorted(path.name for path in (data / SNAPSHOTS).iterdir()) == ['FD0:Z3_1.ckpt', *sorted(MODES)]
+
+
+def test_losses_go_on_from_any_place_of_an_epoch():
+    for before in ([], [(1, 2, 3)], [(1, 2, 3), (4, 4, 4)]):
+        losses, resumed = Losses(), Losses()
+        for step in before:
+            losses.add(step)
+        resumed.load_state_dict(losses.state_dict())
+        for one in (losses, resumed):
+            one.add((2, 0, 1))
+        assert resumed.mean.tolist() == losses.mean.tolist() == np.mean([*before, (2, 0, 1)], axis=0).tolist()
 
 
 # --- killed --------------------------------------------------------------------------------------------------------
