@@ -371,15 +371,11 @@ if stage "$ENABLE_PRETRAINING" pretraining; then
   each "$TRAINING_ORGAN_ID" pretrain
 fi
 
-train_plane() {  # train_plane PLANE GPU
-  local log script=training.py stamp=
-  [[ ${#TRAINING_TIMESTAMP} != 15 ]] || stamp=_$TRAINING_TIMESTAMP
-  log="$DATA_PATH/logs/FD$fold:$1${SLICE_THICKNESS}_$organ$stamp.txt"
-  if [[ $DRY_RUN == 1 ]]; then log=/dev/null; else mkdir -p "$DATA_PATH/logs"; fi
+train_plane() {  # train_plane PLANE GPU; its output is kept in DATA_PATH/logs, too
+  local script=training.py
   [[ $2 != *,* && -z $TORCHRUN_ARGS ]] || script=training_parallel.py
-  call_on "$2" "OrganSegRSTN/$script" "${ARGUMENTS[@]}" "$1" "$2" "${RATES[@]}" "${SAMPLING[@]}" \
-    "${EPOCHS[@]}" "$TRAINING_TIMESTAMP" --resume --fine_iterations "$FINE_ITERATIONS" "${PRECISE[@]}" ${SEEDED[@]+"${SEEDED[@]}"} 2>&1 |
-    last tee ${TORCHRUN_ARGS:+-a} "$log"  # of several machines one has something to say
+  call_on "$2" "OrganSegRSTN/$script" "${ARGUMENTS[@]}" "$1" "$2" "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" \
+    "$TRAINING_TIMESTAMP" --resume --fine_iterations "$FINE_ITERATIONS" "${PRECISE[@]}" ${SEEDED[@]+"${SEEDED[@]}"}
 }
 train() {
   STAGE="training of fold $fold, organ $organ"

@@ -185,7 +185,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class _Signals:
-    """Ctrl-C and SIGTERM as exceptions, put off while `hold` is set."""
+    """Ctrl-C and SIGTERM as exceptions; while `hold` is set the first of them is put off."""
 
     hold = False
     waiting = None
@@ -193,17 +193,17 @@ class _Signals:
     @classmethod
     def answer(cls, number, _frame):
         error = Terminated if number == signal.SIGTERM else KeyboardInterrupt
-        if not cls.hold:
+        if not cls.hold or cls.waiting:
             raise error
         cls.waiting = error
 
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Ctrl-C and SIGTERM wait until the end of the block, which may ask whether one is waiting."""
+    """The first Ctrl-C or SIGTERM waits until the end of the block, which may ask for the exception that waits."""
     _Signals.hold = True
     try:
-        yield lambda: _Signals.waiting is not None
+        yield lambda: _Signals.waiting
     finally:
         _Signals.hold, waiting, _Signals.waiting = False, _Signals.waiting, None
     if waiting:

@@ -11,8 +11,6 @@ import sys
 import torch
 import torch.distributed as dist
 
-PATIENCE = datetime.timedelta(hours=24)  # a rank may have much longer cases to test than another
-
 
 def rank():
     """The number of this process among all of the run, from 0; 0 logs and writes."""
@@ -36,12 +34,15 @@ def quiet():
 
 
 @contextlib.contextmanager
-def process_group(device):
-    """For the block the processes can talk: by nccl on GPUs, gloo on CPUs. A rank that is gone is a ConnectionError."""
+def process_group(device, hours=24):
+    """For the block the processes can talk: by nccl on GPUs, gloo on CPUs. A rank that is gone is a ConnectionError.
+
+    hours: how long a rank waits for another, which may have much longer cases to test.
+    """
     if world_size() == 1:
         yield
         return
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=PATIENCE)
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=hours))
     try:
         yield
     except (dist.DistError, RuntimeError) as error:

@@ -43,7 +43,7 @@ def main():
         write(pretrained_folder(args) / name, state)
         return
     path = pretrained_folder(args) / pretrained_name(args)
-    run = resuming.Run(path.with_suffix('.ckpt'), args, lists=list_checksums(args, PLANES))
+    run = resuming.Run(path.with_suffix('.ckpt'), args, **list_checksums(args, PLANES))
     with held(path.with_name(f'.{path.stem}.lock'), f'.{path.stem}.*.part'):
         write(path, pretrain(args, run, device))
         run.path.unlink(missing_ok=True)
@@ -101,13 +101,15 @@ def pretrain(args, run, device):
     active = ConcatDataset([load_slices(args, plane) for plane in PLANES])
     args.slice_threshold = 0  # all slices
     whole = ConcatDataset([load_slices(args, plane) for plane in PLANES])
-    if not (args.resume and run.load()):
+    state = run.load() if args.resume else None
+    if state is None:
+        run.path.unlink(missing_ok=True)
         run.log(f'{args.current_fold} {len(active)}')
     model = FCN8s(args.slice_thickness, args.width).to(device).train()
     set_precision(model, args.precision)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, fused=True)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs * len(active))
-    run.restore(model=model, optimizer=optimizer, rates=rates)
+    run.restore(state, model=model, optimizer=optimizer, rates=rates)
     for epoch in run.epochs(range(args.epochs)):
         for index, sample in run.steps(active):
             image, label = vary(sample, index % 3, whole, args.crop_margin)

@@ -1,6 +1,8 @@
 """A training that may end anywhere and goes on as if it had not: its place, log and random states, in a checkpoint."""
 
+import contextlib
 import random
+import sys
 import time
 
 import numpy as np
@@ -24,6 +26,9 @@ FREE = (
 )
 
 
+KEYS = {'settings', 'finished', 'lines', 'epoch', 'order', 'position', 'losses', 'random', 'parts'}  # of a checkpoint
+
+
 def add_options(made):
     """--resume and --checkpoint_minutes, for a stage that trains."""
     made.add_argument(
@@ -31,6 +36,33 @@ def add_options(made):
     )
     made.add_argument('--checkpoint_minutes', type=whole(0), default=10, metavar='M',
                       help='save a checkpoint every M minutes as well as every epoch (default 10)')  # fmt: skip
+
+
+@contextlib.contextmanager
+def logged(path):
+    """All that the block prints goes to the file at `path` as well; so does what ends it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'w', encoding='utf-8') as log, contextlib.redirect_stdout(_Both(sys.stdout, log)):
+        try:
+            yield
+        except BaseException as error:
+            log.write(f'ended by {type(error).__name__} {error}'.strip() + '\n')
+            raise
+
+
+class _Both:
+    """Stands where sys.stdout does, and writes to two files."""
+
+    def __init__(self, *files):
+        self.files = files
+
+    def write(self, text):
+        for file in self.files:
+            file.write(text)
+
+    def flush(self):
+        for file in self.files:
+            file.flush()
 
 
 class Losses:
@@ -62,17 +94,17 @@ class Losses:
 class Run:
     """What a training is doing, what it has said, and the checkpoint at `path` that holds both.
 
-    settings: what a checkpoint must agree on, to go on from it; parts: {name: model, optimizer, ...}, whatever has
-    state_dict and load_state_dict.
+    settings: what a checkpoint must agree on, to go on from it.
     """
 
     def __init__(self, path, args, **settings):
         self.path, self.minutes, self.workers = path, args.checkpoint_minutes, args.workers
         free = {name: value for name, value in vars(args).items() if name not in FREE}
         self.settings = free | {'processes': parallel.world_size()} | settings
-        self.parts, self.lines, self.finished = {}, [], False
+        self.parts, self.lines = {}, []
         self.saved = time.monotonic()
         self.epoch = 0  # epochs that are done, of all modes
+        self.signalled = lambda: None
         self._begin_epoch()
 
     def _begin_epoch(self):
@@ -86,30 +118,26 @@ class Run:
     # --- the loops ---
 
     def epochs(self, schedule):
-        """What is left of `schedule`, an entry an epoch; after each but the last a checkpoint is saved."""
-        while self.epoch < len(schedule):
-            yield schedule[self.epoch]
-            self.epoch += 1
-            self._begin_epoch()
-            if self.epoch < len(schedule):
-                self.save()
+        """What is left of `schedule`, an entry an epoch; after each but the last a checkpoint is saved.
+
+        Ctrl-C and SIGTERM wait for the end of a step, and until a checkpoint is saved; a second one does not.
+        """
+        with uninterrupted() as self.signalled:
+            while self.epoch < len(schedule):
+                yield schedule[self.epoch]
+                self.epoch += 1
+                self._begin_epoch()
+                if self.epoch < len(schedule):
+                    self._pause(save=True)
 
     def steps(self, dataset):
-        """(index, sample) of what is left of an epoch, in an order shuffled anew for each.
-
-        Ctrl-C and SIGTERM wait for the end of a step, and until a checkpoint is saved.
-        """
+        """(index, sample) of what is left of an epoch, in an order shuffled anew for each."""
         if self.order is None:
             self.order = parallel.gather(torch.randperm(len(dataset)))[0]
         for sample in self._loader(dataset):
-            with uninterrupted() as signalled:
-                yield self.position, sample
-                self.position += 1
-                stops, dues = zip(*parallel.gather((signalled(), self._due())))
-                if any(stops + dues):
-                    self.save()
-            if any(stops):  # on another rank
-                raise KeyboardInterrupt
+            yield self.position, sample
+            self.position += 1
+            self._pause()
 
     def _loader(self, dataset):
         """Batches of one: of every world_size samples this rank's own; an incomplete last group is left out."""
@@ -118,21 +146,30 @@ class Run:
         own = torch.Generator()  # leaves the global random numbers alone
         return DataLoader(dataset, sampler=mine.tolist(), generator=own, num_workers=self.workers)
 
-    def _due(self):
-        return time.monotonic() - self.saved >= 60 * self.minutes
+    def _pause(self, save=False):
+        """Between two steps: save where it is time, or where any rank has a signal waiting, which then ends all."""
+        due = save or time.monotonic() - self.saved >= 60 * self.minutes
+        signals, dues = zip(*parallel.gather((self.signalled(), due)))
+        stop = next(filter(None, signals), None)
+        if stop or any(dues):
+            self.save()
+        if stop:
+            raise stop
 
     # --- the checkpoint ---
 
     def load(self):
-        """Read the checkpoint and print its log again; False where there is none. Its parts are handed out by restore."""
+        """What the checkpoint holds; None where there is none. ValueError: it is broken, or of other arguments."""
         try:
             state = torch.load(self.path, map_location='cpu', weights_only=True, mmap=True)
-            former = state['settings']
+            if missing := KEYS - set(state):
+                raise ValueError(f'{", ".join(sorted(missing))} missing')
         except FileNotFoundError:
-            return False
+            return None
         except Exception as error:  # a truncated file fails in any of a dozen ways
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f'{self.path}: not a readable checkpoint ({reason}); remove it to start anew') from None
+        former = state['settings']
         differing = [
             f'{name} was {former.get(name)}, is {self.settings.get(name)}'
             for name in sorted({*former, *self.settings})
@@ -141,54 +178,47 @@ class Run:
         if differing:
             raise ValueError(
                 f'{self.path}: made with other arguments ({"; ".join(differing)}); give those, or another timestamp, '
-                'or leave out --resume to start anew'
+                'or remove it to start anew'
             )
-        self.finished = state['finished']
-        print(f'{"finished before" if self.finished else "resumed from"}: {self.path}')
-        for line in state['lines']:
-            self.log(line)
-        self._state = state
-        return True
+        return state
 
-    def restore(self, **parts):
-        """Keep these parts in the checkpoints; after `load` they get what they held, and so do place and random states."""
+    def restore(self, state, **parts):
+        """Keep these parts, {name: model, optimizer, ...}, in the checkpoints; with a `state` go on from it.
+
+        Its log is printed again, so that this run's output is the whole log.
+        """
         self.parts = parts
-        state = self.__dict__.pop('_state', None)
+        if len({str(place) for place in parallel.gather(state and (state['epoch'], state['position']))}) > 1:
+            raise ValueError(f'{self.path}: not the same for every process; is the data folder shared?')
         if state is None:
             return
+        print(f'resumed from: {self.path}')
+        for line in state['lines']:
+            self.log(line)
         for name, part in parts.items():
             part.load_state_dict(state['parts'][name])
         self.epoch, self.order, self.position = state['epoch'], state['order'], state['position']
         self.losses.load_state_dict(state['losses'])
         set_random_states(state['random'][parallel.rank()])
 
-    def part(self, name):
-        """The state of a part in the loaded checkpoint."""
-        return self._state['parts'][name]
-
-    def save(self):
-        """Write the checkpoint; rank 0 does, with the random states of every rank."""
+    def save(self, finished=False):
+        """Write the checkpoint; rank 0 does, with the random states of every rank. Finished: without the weights."""
         randoms = parallel.gather(random_states())
         if parallel.rank() == 0:
             state = {
                 'settings': self.settings,
-                'finished': self.finished,
+                'finished': finished,
                 'lines': self.lines,
                 'epoch': self.epoch,
                 'order': self.order,
                 'position': self.position,
                 'losses': self.losses.state_dict(),
                 'random': randoms,
-                'parts': {name: part.state_dict() for name, part in self.parts.items()},
+                'parts': {} if finished else {name: part.state_dict() for name, part in self.parts.items()},
             }
             with whole_file(self.path) as file:
                 torch.save(state, file)
         self.saved = time.monotonic()
-
-    def finish(self):
-        """Leave a checkpoint that says that all is done, without the weights, which the snapshots hold."""
-        self.finished, self.parts = True, {}
-        self.save()
 
 
 def random_states():

@@ -1,12 +1,14 @@
 """Training (sections 3.2 and 3.3): coarse and fine networks together, in mode S, then I, then J, along one plane.
 
 Reads the slices and lists of init.py and an FCN-8s to start from in models/pretrained/; writes after each mode the
-snapshot models/snapshots/SIJ_training_*/FD0:ZJ3_1_TIMESTAMP.pkl. Its output is the log (run.sh keeps it in logs/).
+snapshot models/snapshots/SIJ_training_*/FD0:ZJ3_1_TIMESTAMP.pkl, and its output to logs/FD0:Z3_1_TIMESTAMP.txt, too.
 """
 
 import contextlib
 import math
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,42 +48,54 @@ def main(wrap=lambda model, device: model):
     resuming.add_options(made)
     args = arguments.parse(made)
     parallel.quiet()
-    device, _ = begin(args)
-    run = resuming.Run(checkpoint_path(args), args, lists=list_checksums(args, args.plane))
-    with lock(args), parallel.process_group(device):
-        resumed = args.resume and run.load()
-        if run.finished and snapshot_path(args, 'J').exists():
-            return
-        train(args, run, resumed and not run.finished, device, wrap)
+    run = resuming.Run(checkpoint_path(args), args, **list_checksums(args, args.plane))
+    with lock(args):
+        state = run.load() if args.resume else None
+        if state and state['finished']:
+            if all(snapshot_path(args, mode).exists() for mode, _ in schedule(args)):
+                print(f'finished before: {run.path}')
+                return
+            state = None
+        with resuming.logged(log_path(args)):
+            device, _ = begin(args)
+            with parallel.process_group(device, hours=0.5):
+                train(args, run, state, device, wrap)
 
 
-def train(args, run, resumed, device, wrap):
-    """Modes S, I and J in turn, from where `run` stands."""
+def train(args, run, state, device, wrap):
+    """Modes S, I and J in turn, from where the checkpoint's `state` stands, or (None) from the start."""
     seed_everything(args.seed)
     slices = load_slices(args, args.plane)
-    if resumed:
-        model = new_model(args, width=len(run.part('model')['coarse_model.conv1_1.weight']))
+    if len(slices) < parallel.world_size():
+        raise ValueError(f'{len(slices)} slices to train on are too few for {parallel.world_size()} processes')
+    if state:
+        model = new_model(args, width=len(state['parts']['model']['coarse_model.conv1_1.weight']))
     else:
+        run.path.unlink(missing_ok=True)  # of a training that this one takes the place of
         run.log(f'{args.current_fold}{args.plane} {len(slices) // parallel.world_size()}')
         model = starting_model(args, run)
     model = model.to(device).train()
     set_precision(model, args.precision)
     optimizer = make_optimizer(model, args.learning_rate1, args.learning_rate_m1)
-    run.restore(model=model, optimizer=optimizer)
+    run.restore(state, model=model, optimizer=optimizer)
     wrapped = wrap(model, device)
-    schedule = [(mode, epoch) for mode in MODES for epoch in range(epochs(args, mode))]
-    for mode, epoch in run.epochs(schedule):
-        try:
+    mode = MODES[0]
+    try:
+        for mode, epoch in run.epochs(schedule(args)):
             train_epoch(args, run, mode, epoch, wrapped, optimizer, slices, device)
-        except arguments.Terminated:
-            raise
-        except KeyboardInterrupt:
-            save_snapshot(args, mode, model)
-            name = f'{args.current_fold}{args.plane}{mode}'
-            print(f'{name} interrupted: saved as it was, {snapshot_path(args, mode)}', flush=True)
-            raise
-        end_epoch(args, run, mode, epoch, model, optimizer)
-    run.finish()
+            end_epoch(args, run, mode, epoch, model, optimizer)
+    except arguments.Terminated:
+        raise
+    except KeyboardInterrupt:
+        save_snapshot(args, mode, model)
+        print(f'{args.current_fold}{args.plane}{mode} interrupted: saved as it was, {snapshot_path(args, mode)}')
+        raise
+    run.save(finished=True)
+
+
+def schedule(args):
+    """[(mode, epoch)] of all epochs."""
+    return [(mode, epoch) for mode in MODES for epoch in range(epochs(args, mode))]
 
 
 def epochs(args, mode):
@@ -99,6 +113,12 @@ def checkpoint_path(args):
     return snapshot_path(args, '').with_suffix('.ckpt')
 
 
+def log_path(args):
+    """Where the log is kept; of several processes rank 0 has one."""
+    name = snapshot_name(args, args.plane, '', args.timestamp)
+    return Path(os.devnull) if parallel.rank() else Path(args.data_path, 'logs', name).with_suffix('.txt')
+
+
 def lock(args):
     """Hold the names of this training's snapshots; of several processes rank 0 does."""
     path = checkpoint_path(args)
@@ -108,10 +128,10 @@ def lock(args):
 
 
 def list_checksums(args, planes):
-    """What of the data a checkpoint must agree on: the slices of these planes, and the fold."""
+    """{list: checksum}, what of the data a checkpoint must agree on: the slices of these planes, and the fold."""
     files = [slice_list(args.data_path, plane) for plane in planes]
     files.append(fold_list(args.data_path, 'training', args.current_fold))
-    return [checksum(file) or read_list(file) for file in files]  # of a missing one read_list says what to do
+    return {file.name: (checksum(file) or read_list(file))[:12] for file in files}  # read_list says what is missing
 
 
 def seed_everything(seed):

@@ -141,6 +141,19 @@ def test_killing_one_rank_ends_all_with_a_line_and_resume_goes_on(pretrained):
     assert all(torch.equal(after[key], weights[key]) for key in weights)
 
 
+def test_more_processes_than_slices_are_refused(pretrained):
+    args = training_args(pretrained)
+    path = pretrained / 'lists/training_Z.txt'
+    lines = [line.split() for line in path.read_text().splitlines()]
+    case = next(line for line in lines if line[0] in '23' and int(line[5]) > 0)
+    args[5] = int(case[5])
+    path.write_text(''.join(' '.join([*line[:5], *(line[5:] if line is case else '00000')]) + '\n' for line in lines))
+    process = torchrun(*args)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert 'training_parallel.py: error: 1 slices to train on are too few for 2 processes' in err
+
+
 def test_without_torchrun_it_is_training_itself(pretrained, call):
     alone = call('training_parallel.py', *training_args(pretrained, epochs=(1, 0, 0, 1)), '--seed', 1)
     assert alone.code == 0 and 'one process: torchrun starts several' in alone.out

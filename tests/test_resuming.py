@@ -17,6 +17,7 @@ from model import load_weights
 from resuming import Losses
 
 SNAPSHOTS = f'models/snapshots/{FOLDER}'
+LOG = 'logs/FD0:Z3_1.txt'
 EPOCHS = (1, 1, 1, 1)
 MODES = [f'FD0:Z{mode}3_1.pkl' for mode in 'SIJ']
 RESUME = ('--seed', 1, '--checkpoint_minutes', 0, '--resume')  # 0 minutes: a checkpoint after every step
@@ -45,7 +46,7 @@ def end(process, number):
 
 def log_lines(out):
     """The log, without its header (device, code, arguments), the line of the resuming, folders and times."""
-    lines = [line for line in out.splitlines()[3:] if not line.startswith(('resumed from', 'finished before'))]
+    lines = [line for line in out.splitlines()[3:] if not line.startswith('resumed from')]
     return [re.sub(r'^/.+/|\d+\.\d\ds', '', line) for line in lines]
 
 
@@ -79,6 +80,7 @@ def pretrained(undisturbed, data):
 
 def assert_as_undisturbed(undisturbed, data, out):
     assert log_lines(out) == log_lines(undisturbed.log)
+    assert (data / LOG).read_text() == out, 'the log is all of the output'
     for name in MODES:
         assert same_weights(data / SNAPSHOTS / name, undisturbed.data / SNAPSHOTS / name), name
     assert sorted(path.name for path in (data / SNAPSHOTS).iterdir()) == ['FD0:Z3_1.ckpt', *sorted(MODES)]
@@ -169,6 +171,37 @@ def test_sigterm_and_ctrl_c_leave_a_checkpoint_however_long_ago_the_last_was(und
     assert_as_undisturbed(undisturbed, pretrained, done.out)
 
 
+SLOW_LOADING = """
+import os, runpy, sys, time
+sys.path.insert(0, sys.argv[1])
+import Data
+plain = Data.DataLayer.__getitem__
+def slowly(self, index):
+    print('loading', flush=True)
+    time.sleep(0.3)
+    return plain(self, index)
+Data.DataLayer.__getitem__ = slowly
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def test_a_signal_while_a_slice_is_loaded_waits_for_the_step_and_its_checkpoint(undisturbed, pretrained):
+    args = (*training_args(pretrained, epochs=EPOCHS), '--seed', 1, '--resume')
+    command = [sys.executable, '-c', SLOW_LOADING, CODE, CODE / 'training.py', *args]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(process, '0ZS .+Iter.00002')
+    wait_for(process, 'loading')
+    code, out, err = end(process, signal.SIGTERM)
+    assert (code, err) == (143, '')
+    assert 'Iter[00003]' in out and 'Iter[00004]' not in out
+    assert [path.name for path in (pretrained / SNAPSHOTS).iterdir()] == ['FD0:Z3_1.ckpt']
+    assert (pretrained / LOG).read_text().endswith('ended by Terminated\n')
+    done = run_script('training.py', *args)
+    assert done.code == 0, done.err
+    assert_as_undisturbed(undisturbed, pretrained, done.out)
+
+
 # --- refused -------------------------------------------------------------------------------------------------------
 
 
@@ -188,13 +221,14 @@ def test_a_checkpoint_of_other_arguments_is_refused_and_the_differing_ones_are_n
     assert (done.code, len(done.err.splitlines())) == (1, 1)
     assert 'made with other arguments (epoch_J was 1, is 3; seed was 1, is 2)' in done.err
     assert (ended / SNAPSHOTS / 'FD0:Z3_1.ckpt').read_bytes() == before
+    assert 'Iter[00002]' in (ended / LOG).read_text(), 'nor is its log'
 
 
 def test_a_checkpoint_of_other_lists_is_refused(ended, call):
     path = ended / 'lists/training_Z.txt'
     path.write_text(''.join(reversed(path.read_text().splitlines(keepends=True))))
     done = call('training.py', *training_args(ended, epochs=EPOCHS), '--seed', 1, '--resume')
-    assert done.code == 1 and 'made with other arguments (lists was' in done.err
+    assert done.code == 1 and 'made with other arguments (training_Z.txt was' in done.err
 
 
 def test_a_broken_checkpoint_is_one_line_that_says_what_to_do(ended, call):
@@ -211,14 +245,30 @@ def test_without_resume_a_training_starts_anew(undisturbed, ended):
     assert_as_undisturbed(undisturbed, ended, done.out)
 
 
-def test_a_finished_training_is_not_done_again_while_its_snapshot_is_there(undisturbed, call):
-    args = (*training_args(undisturbed.data, epochs=EPOCHS), '--seed', 1, '--resume')
-    path = undisturbed.data / SNAPSHOTS / MODES[-1]
+def test_a_finished_training_is_not_done_again_while_its_snapshots_are_there(undisturbed, pretrained):
+    args = (*training_args(pretrained, epochs=(1, 0, 0, 1)), '--seed', 1, '--resume')
+    first = run_script('training.py', *args)
+    path = pretrained / SNAPSHOTS / MODES[0]
     written = path.stat().st_mtime_ns
-    done = call('training.py', *args)
-    assert done.code == 0 and 'finished before' in done.out
-    assert log_lines(done.out) == log_lines(undisturbed.log)
+    again = run_script('training.py', *args)
+    assert (again.code, again.out) == (0, f'finished before: {pretrained / SNAPSHOTS / "FD0:Z3_1.ckpt"}\n')
     assert path.stat().st_mtime_ns == written
+    assert (pretrained / LOG).read_text() == first.out
+    path.unlink()
+    anew = run_script('training.py', *args)
+    assert (anew.code, log_lines(anew.out)) == (0, log_lines(first.out))
+    assert same_weights(path, undisturbed.data / SNAPSHOTS / MODES[0])
+
+
+def test_a_training_begun_anew_leaves_nothing_of_the_one_before_to_go_on_from(undisturbed, pretrained):
+    args = (*training_args(pretrained, epochs=EPOCHS), '--seed', 1)
+    assert run_script('training.py', *args).code == 0
+    process = start('training.py', *args)  # without --resume
+    wait_for(process, '0ZS .+Iter.00001')
+    assert end(process, signal.SIGKILL)[0] == -signal.SIGKILL
+    done = run_script('training.py', *args, '--resume')
+    assert done.code == 0, done.err
+    assert_as_undisturbed(undisturbed, pretrained, done.out)
 
 
 def test_of_two_trainings_into_one_snapshot_the_second_is_told_of_the_first(pretrained, call):
@@ -227,5 +277,6 @@ def test_of_two_trainings_into_one_snapshot_the_second_is_told_of_the_first(pret
     second = call('training.py', *training_args(pretrained, epochs=EPOCHS))
     assert (second.code, len(second.err.splitlines())) == (1, 1)
     assert f'in use by process {first.pid} on ' in second.err and 'training.py' in second.err
+    assert (pretrained / LOG).read_text().startswith('device: CPU'), "the first one's log is left alone"
     assert call('training.py', *training_args(pretrained, plane='X', epochs=(1, 0, 0, 1))).code == 0, 'other planes may'
     assert end(first, signal.SIGKILL)[0] == -signal.SIGKILL
