@@ -220,7 +220,8 @@ def test_ctrl_c_in_training_keeps_snapshot_and_log_and_runs_nothing_more(lazy, d
     assert process.returncode in (130, -signal.SIGINT)
     assert stages(out) == ['training']
     assert (data / 'models/snapshots/SIJ_training_1e-5x10,20/FD0:XS3_1.pkl').exists()
-    assert '0XS interrupted: saved as it was' in log.read_text().splitlines()[-1]
+    *_, saved, ended = log.read_text().splitlines()
+    assert '0XS interrupted: saved as it was' in saved and ended == 'ended by KeyboardInterrupt'
 
 
 def test_run_sh_and_setup_are_valid_shell():
