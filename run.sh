@@ -140,11 +140,10 @@ fi
 #### Nothing to edit below ############################################################################################
 ########################################################################################################################
 STAGE=set-up
-TRAINING_BEGUN=0
 ended() {  # whatever ends a run that has failed
   local status=$?
   [[ $status != 0 ]] || return 0
-  if [[ $TRAINING_BEGUN == 1 && -z $OWN_TIMESTAMP && $DRY_RUN == 0 ]]; then
+  if [[ -z $OWN_TIMESTAMP && -n $(find "$DATA_PATH/models/snapshots" -name "*_$TRAINING_TIMESTAMP.ckpt" 2>/dev/null) ]]; then
     echo "run.sh: to go on where it stopped: TRAINING_TIMESTAMP=$TRAINING_TIMESTAMP before the same command" >&2
   fi
   echo "run.sh: stopped in $STAGE (exit code $status)" >&2
@@ -161,6 +160,10 @@ trap 'stop INT 130' INT
 trap 'stop TERM 143' TERM
 trap 'stop TERM 129' HUP  # the terminal is gone
 
+for switch in LAZY_MODE DRY_RUN WRITE_NIFTI ENABLE_{DICOM2NPY,NII2NPY,INITIALIZATION,CHECK_DATA,PRETRAINING,TRAINING} \
+  ENABLE_{COARSE_TESTING,COARSE_FUSION,ORACLE_TESTING,ORACLE_FUSION,COARSE2FINE_TESTING,REPORT}; do
+  [[ ${!switch} == [01] ]] || { echo "$switch is '${!switch}', not 0 or 1" >&2; exit 2; }
+done
 if [[ $DRY_RUN == 1 ]]; then
   : "${PYTHON:=python}"
 else
@@ -277,7 +280,6 @@ each_plane() {  # each_plane PLANES GPU FUNCTION ARGUMENT ...: FUNCTION PLANE GP
 }
 
 stage() {  # stage SWITCH NAME: is it on? then say so
-  [[ $1 == [01] ]] || { echo "the switch of $2 is '$1', not 0 or 1" >&2; exit 2; }
   [[ $1 == 1 || $LAZY_MODE == 1 ]] || return 1
   STAGE=$2
   echo "#### $STAGE"
@@ -382,7 +384,6 @@ train() {
   each_plane "$TRAINING_PLANE" "$TRAINING_GPU" train_plane
 }
 if stage "$ENABLE_TRAINING" training; then
-  TRAINING_BEGUN=1
   each "$TRAINING_ORGAN_ID" train
 fi
 

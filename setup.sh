@@ -13,4 +13,7 @@ if [[ -z ${PYTHON:-} ]]; then
       { echo 'installing requirements.txt failed: see above (a C++ compiler and a package index are needed)' >&2; exit 1; }
     echo "$wanted" >"$HERE/.venv/ready"
   fi
+elif ! command -v "$PYTHON" >/dev/null; then
+  echo "PYTHON is '$PYTHON': there is no such command" >&2
+  exit 1
 fi

@@ -189,11 +189,13 @@ class _Signals:
 
     hold = False
     waiting = None
+    raised = None
 
     @classmethod
     def answer(cls, number, _frame):
         error = Terminated if number == signal.SIGTERM else KeyboardInterrupt
         if not cls.hold or cls.waiting:
+            cls.raised = error
             raise error
         cls.waiting = error
 
@@ -217,6 +219,13 @@ def tell_torchrun(message):
             json.dump({'message': message, 'timestamp': int(time.time())}, report)
 
 
+def foreseeable(error):
+    """Whether an error is the user's or the machine's, and its message what the user needs."""
+    if isinstance(error, RuntimeError):  # torch's, without memory
+        return any(text in str(error) for text in ('out of memory', "can't allocate memory"))
+    return isinstance(error, (ValueError, OSError, MemoryError))
+
+
 def run(main):
     """Run a script: a user's mistake ends it with one line and exit code 1, Ctrl-C with 130, SIGTERM with 143.
 
@@ -230,13 +239,11 @@ def run(main):
             stream.reconfigure(errors='backslashreplace')
     try:
         status = main()
-    except Terminated:
-        sys.exit(143)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        lacks = any(text in str(error) for text in ('out of memory', "can't allocate memory"))  # torch's RuntimeErrors
-        if isinstance(error, RuntimeError) and not lacks:
+    except (KeyboardInterrupt, Exception) as error:
+        # numpy may make a TypeError of the exception that a signal raises while it reads a file
+        if signalled := _Signals.raised or (isinstance(error, KeyboardInterrupt) and type(error)):
+            sys.exit(143 if signalled is Terminated else 130)
+        if not foreseeable(error):
             raise
         if os.environ.get('RSTN_TRACEBACK'):
             traceback.print_exc()

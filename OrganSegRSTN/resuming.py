@@ -154,6 +154,7 @@ class Run:
         if stop or any(dues):
             self.save()
         if stop:
+            print(f'checkpoint saved: {self.path}', flush=True)
             raise stop
 
     # --- the checkpoint ---

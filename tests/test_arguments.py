@@ -1,6 +1,7 @@
 """The scripts' arguments: their published order, what is refused, and how a script starts and fails."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -174,3 +175,43 @@ def test_nothing_compiled_or_wrapped_is_committed():
         pytest.skip('not a clone')
     files = subprocess.run(['git', 'ls-files'], cwd=REPO, capture_output=True, text=True, check=True).stdout.split('\n')
     assert not [file for file in files if file.endswith(('.so', '.pyc', '.o')) or '_wrap.' in file]
+
+
+# --- signals -------------------------------------------------------------------------------------------------------
+
+SWALLOWED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import arguments
+def main():
+    try:
+        os.kill(os.getpid(), signal.Signals[sys.argv[2]])
+    except KeyboardInterrupt:
+        raise TypeError('as numpy makes of it')
+arguments.run(main)
+"""
+
+
+@pytest.mark.parametrize(('name', 'code'), [('SIGTERM', 143), ('SIGINT', 130)])
+def test_a_signal_that_a_library_makes_another_error_of_ends_as_a_signal_does(name, code):
+    done = subprocess.run([sys.executable, '-c', SWALLOWED, CODE, name], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, '')
+
+
+def test_the_first_signal_waits_for_the_end_of_a_block_and_the_second_does_not():
+    signal.signal(signal.SIGTERM, arguments._Signals.answer)
+    try:
+        done = []
+        with pytest.raises(arguments.Terminated), arguments.uninterrupted() as signalled:
+            assert signalled() is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signalled() is arguments.Terminated
+            done.append('first')
+        with pytest.raises(arguments.Terminated), arguments.uninterrupted():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append('second')
+        assert done == ['first']
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        arguments._Signals.raised = None

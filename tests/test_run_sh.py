@@ -263,7 +263,7 @@ def test_the_demos_settings_go_with_its_folder_which_takes_no_other_scans(tmp_pa
 def test_a_switch_that_is_neither_0_nor_1_is_refused(tmp_path):
     done = run_sh(DRY_RUN=1, ENABLE_TRAINING='yes', DATA_PATH=tmp_path)
     assert done.returncode == 2
-    assert "the switch of training is 'yes', not 0 or 1" in done.stderr
+    assert "ENABLE_TRAINING is 'yes', not 0 or 1" in done.stderr
 
 
 # --- several GPUs, and signals -------------------------------------------------------------------------------------
