@@ -108,7 +108,7 @@ def test_a_training_killed_again_and_again_ends_with_the_same_bits_and_log(undis
         '0ZS .+Iter.00003',
         '0ZI .+Iter.00002',
         '0ZI Epoch.1., Total',
-        '0ZJ .+Iter.00004',
+        '0ZJ .+Iter.00001',
     ):
         process = start('training.py', *args)
         wait_for(process, pattern)

@@ -387,8 +387,25 @@ def test_a_signal_to_run_sh_ends_all_planes_before_it_ends(tested, tmp_path, num
     assert [path.name for path in tested.rglob('.*')] == []
 
 
-def test_a_stopped_training_of_run_shs_own_timestamp_says_how_to_go_on(data):
+def test_a_stopped_training_of_run_shs_own_timestamp_says_how_to_go_on(lazy, data):
+    shutil.copytree(lazy.data / 'models/pretrained', data / 'models/pretrained')
+    flags = TINY | {'ENABLE_TRAINING': 1, 'DATA_PATH': data, 'CURRENT_PLANE': 'X'}
+    command = {'args': ['bash', REPO / 'run.sh'], 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    with subprocess.Popen(**command, env=environment(**flags)) as process:
+        for line in process.stdout:
+            if 'Iter[00002]' in line:
+                process.terminate()
+                break
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    (checkpoint,) = (data / 'models/snapshots').glob('*/*.ckpt')
+    stamp = checkpoint.stem.split('_', 2)[2]
+    assert f'to go on where it stopped: TRAINING_TIMESTAMP={stamp} before the same command' in err
+    done = run_sh(**flags, TRAINING_TIMESTAMP=stamp)
+    assert done.returncode == 0 and f'resumed from: {checkpoint}' in done.stdout
+
+
+def test_a_training_that_never_began_leaves_nothing_to_go_on_from(data):
     done = run_sh(ENABLE_TRAINING=1, DATA_PATH=data)
-    stamp = re.fullmatch(r'FD0:X3_1_(.{15})\.txt', next((data / 'logs').iterdir()).name)[1]
-    assert f'to go on where it stopped: TRAINING_TIMESTAMP={stamp} before the same command' in done.stderr
-    assert 'to go on' not in run_sh(ENABLE_TRAINING=1, DATA_PATH=data, TRAINING_TIMESTAMP=stamp).stderr
+    assert done.returncode == 1 and 'no FCN-8s to start from' in done.stderr
+    assert 'to go on' not in done.stderr
