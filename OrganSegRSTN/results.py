@@ -64,8 +64,8 @@ def hold(*folders):
 def prepare_folder(folder, settings, made):
     """Make sure that what is stored in folder/volumes was made with these settings (kept in folder/run.json).
 
-    Volumes made with others, or beside a run.json that cannot be read, are removed, said in a line;
-    volumes without a run.json (the published pipeline's) are kept. A value None is unknown
+    Volumes made with others, or beside a run.json that cannot be read, are removed, said in a line, and with them the
+    results.txt of their figures; volumes without a run.json (the published pipeline's) are kept. A value None is unknown
     and equals any. made: the provenance of this run, told beside that of the former runs that made some of the volumes.
     """
     path = folder / 'run.json'
@@ -93,7 +93,8 @@ def prepare_folder(folder, settings, made):
 
 
 def discard(folder, volumes):
-    """Remove volumes of a result folder, and their NIfTIs."""
+    """Remove volumes of a result folder, their NIfTIs, and first the figures that were made of them."""
+    (folder / 'results.txt').unlink(missing_ok=True)
     for volume in volumes:
         volume.unlink()
         volume.with_suffix('.nii.gz').unlink(missing_ok=True)

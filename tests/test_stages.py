@@ -527,6 +527,16 @@ def test_fusion_names_a_planes_damaged_run_json(tested, call):
     assert 'FD0:YJ3_1.pkl/run.json: not a readable run.json' in done.err and 'run the stage' in done.err
 
 
+def test_figures_go_with_the_volumes_that_they_were_made_of(tested, call):
+    succeeded(call('coarse_testing.py', *training_args(tested)))
+    args = coarse2fine_args(tested)
+    args[4] = 400  # another window: coarse to fine makes the coarse volumes again
+    succeeded(call('coarse2fine_testing.py', *args))
+    folder = tested / COARSE / 'FD0:ZJ3_1.pkl'
+    assert len(list(folder.glob('volumes/*.npz'))) == 2
+    assert not (folder / 'results.txt').exists()
+
+
 # --- predictions as NIfTI ------------------------------------------------------------------------------------------
 
 
