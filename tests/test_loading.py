@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,33 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, weights, legacy, part):
     size = part if isinstance(part, int) else int(path.stat().st_size * part)
     os.truncate(path, size)
     with pytest.raises(ValueError, match=r'cut\.pkl'):
+        load_weights(path)
+
+
+def test_no_flipped_bit_makes_other_weights_of_a_snapshot(tmp_path):
+    state = {'a': torch.arange(20.0), 'b': torch.arange(7.0)}
+    path = save(tmp_path / 'flipped.pkl', state)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        try:
+            found = load_weights(path)
+        except ValueError as error:
+            assert 'flipped.pkl: ' in str(error)
+        else:
+            assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state), place
+
+
+def test_the_entry_that_has_changed_is_named(tmp_path, weights):
+    path = save(tmp_path / 'flipped.pkl', weights)
+    with zipfile.ZipFile(path) as archive:
+        place = archive.getinfo('flipped/data/5').header_offset + 200  # beyond its header and name, and what aligns it
+    with open(path, 'r+b') as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 64]))
+    with pytest.raises(ValueError, match=r"flipped\.pkl: .*'flipped/data/5' is not what its checksum says"):
         load_weights(path)
 
 
