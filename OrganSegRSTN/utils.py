@@ -311,8 +311,18 @@ def read_list(path):
 
 
 def read_cases(data_path, kind, fold):
-    """The cases that train or test a fold, in order."""
-    path = fold_list(data_path, kind, fold)
+    """The cases that train or test a fold, in order; ValueError where the two lists do not hold every case once."""
+    other = 'testing' if kind == 'training' else 'training'
+    cases, others = (_read_cases(fold_list(data_path, which, fold)) for which in (kind, other))
+    if sorted(case.number for case in cases + others) != list(range(len(cases + others))):
+        raise ValueError(
+            f'{fold_list(data_path, kind, fold)}: with {fold_list(data_path, other, fold).name} it does not hold every '
+            'case from 0 once, as if one of them were cut off; run init.py again'
+        )
+    return cases
+
+
+def _read_cases(path):
     cases = []
     for line in read_list(path):
         fields = line.split()
