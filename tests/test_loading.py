@@ -1,5 +1,7 @@
 """Snapshots: their names, which one is tested, and what is read and refused."""
 
+import errno
+import fcntl
 import os
 import pickle
 import subprocess
@@ -11,6 +13,7 @@ import pytest
 import torch
 from conftest import CODE, settings, tiny_weights
 
+import utils
 from model import load_RSTN, load_weights
 from utils import epoch_name, find_pretrained, find_snapshot, held, results_folder, snapshot_folder, snapshot_name
 
@@ -273,3 +276,29 @@ def test_a_second_run_is_told_who_holds_a_folder_and_a_killed_one_holds_nothing(
         assert str(os.getpid()) in lock.read_text()
         assert not left.exists()
     assert list(lock.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize('code', [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_on_a_file_system_without_locks_a_run_goes_on_and_says_once_that_it_is_not_kept_apart(
+    tmp_path, monkeypatch, capsys, code
+):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    utils._say_unlocked.cache_clear()
+    others = tmp_path / '.volume.npz.1.part'
+    others.write_bytes(b'half, maybe of a run that is at work')
+    with held(tmp_path / '.lock', '.*.part'), held(tmp_path / '.other', '.*.part'):
+        assert others.exists()
+    assert list(tmp_path.iterdir()) == [others]
+    assert capsys.readouterr().out.count('this file system has no locks') == 1
+
+
+def test_another_error_of_a_lock_is_no_lack_of_locks(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    with pytest.raises(OSError, match='Input/output error'), held(tmp_path / '.lock'):
+        pass
