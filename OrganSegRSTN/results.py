@@ -7,7 +7,7 @@ import math
 import statistics
 
 from claims import open_file, read_json
-from utils import held, whole_file
+from utils import LEFT, held, whole_file
 
 RUNS = 'runs'  # key of run.json: what is told of the runs that went into the folder; the others are settings
 
@@ -52,7 +52,7 @@ def hold(*folders):
     """Hold result folders for the block: a second run into one of them is told who is at work, and stops."""
     with contextlib.ExitStack() as locks:
         for folder in folders:
-            locks.enter_context(held(folder / '.lock', '.*.part', 'volumes/.*.part'))
+            locks.enter_context(held(folder / '.lock', LEFT, f'volumes/{LEFT}'))
         try:
             yield
         except KeyboardInterrupt:

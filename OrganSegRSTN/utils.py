@@ -24,6 +24,7 @@ except ImportError:
     fast_functions = None
 
 PLANES = 'XYZ'
+LEFT = '.*.[0-9]*.part'  # what a killed run leaves half-written: .NAME.PROCESS.part
 
 
 # --- labels, folds and intensities ---------------------------------------------------------------------------------
