@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from geometry import geometry_file, save_geometry
-from utils import held, name_fault, whole_file, write_array
+from utils import LEFT, held, name_fault, whole_file, write_array
 
 
 def case_name(text):
@@ -61,7 +61,7 @@ def image_file(data_path, case):
 
 def convert_all(data_path, cases, convert):
     """convert(case, sources) for each case of a dict; one that fails is named, the others go on. Exit code: 0 or 1."""
-    with held(Path(data_path, '.lock'), '*/.*.part'):
+    with held(Path(data_path, '.lock'), *(f'{kind}/{LEFT}' for kind in ('images', 'labels', 'geometry'))):
         return _convert_all(cases, convert)
 
 

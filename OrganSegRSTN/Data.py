@@ -22,7 +22,10 @@ class DataLayer(Dataset):
         self.slices = read_slices(path)
         if any(len(record.organs) < organ_ID for record in self.slices):
             raise ValueError(f'{path}: holds no organ {organ_ID}; run init.py with organ_number {organ_number}')
-        training = {case.number for case in read_cases(data_path, 'training', current_fold)}
+        training, testing = (
+            {case.number for case in read_cases(data_path, kind, current_fold)} for kind in ('training', 'testing')
+        )
+        self.check_end(path, len(training | testing))
         pixels = [record.organs[organ_ID - 1][0] for record in self.slices]
         bar = slice_bar(pixels, slice_threshold)
         self.active = [i for i, record in enumerate(self.slices) if pixels[i] >= bar and record.case in training]
@@ -30,6 +33,16 @@ class DataLayer(Dataset):
             raise ValueError(
                 f'{path}: no slice of fold {current_fold} to train on has {bar} pixels or more of organ {organ_ID}; '
                 'lower slice_threshold or look at the labels'
+            )
+
+    def check_end(self, path, cases):
+        """ValueError where the list of slices ends before the last of so many cases does."""
+        last = self.slices[-1]
+        beyond = os.path.join(os.path.dirname(last.image_file), f'{last.index + 1:04d}.npy')
+        if last.case + 1 != cases or os.path.exists(os.path.join(self.data_path, beyond)):
+            raise ValueError(
+                f'{path}: ends with slice {last.index} of case {last.case}, which is not the last of {cases} cases, '
+                'as if this list or one of the fold were cut off; run init.py again'
             )
 
     def __len__(self):
@@ -62,7 +75,7 @@ class DataLayer(Dataset):
 
 
 def read_slices(path):
-    """The records of a list of slices."""
+    """The records of a list of slices: of case 0, 1, ... each slice from 0."""
     lines = read_list(path)
     try:
         slices = [Slice.read(line) for line in lines]
@@ -70,6 +83,10 @@ def read_slices(path):
         raise ValueError(f'{path}: {error}') from None
     if not slices:
         raise ValueError(f'{path}: holds no slice; run init.py again')
+    places = [(record.case, record.index) for record in slices]
+    for (case, index), place in zip([(-1, 0), *places], places):
+        if place not in ((case, index + 1), (case + 1, 0)):
+            raise ValueError(f'{path}: slice {place[1]} of case {place[0]} is out of place; run init.py again')
     return slices
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 import arguments
 from slices import Slice, organ_extents, plane_view, slice_averages
 from utils import (
+    LEFT,
     PLANES,
     fold_list,
     held,
@@ -38,7 +39,8 @@ def main():
     if len(names) < args.folds:
         raise ValueError(f'{args.data_path}: {len(names)} cases cannot be divided into {args.folds} folds')
     records = {plane: [] for plane in PLANES}
-    with held(Path(args.data_path, '.lock'), '.check_data*.part', '*/.*.part'):
+    written = ['lists', *(f'{kind}_{plane}' for kind in ('images', 'labels') for plane in PLANES)]
+    with held(Path(args.data_path, '.lock'), '.check_data*.part', *(f'{folder}/{LEFT}' for folder in written)):
         for former in Path(args.data_path, 'lists').glob('*.txt'):  # a run that is cut off leaves none that lie
             former.unlink()
         with ThreadPoolExecutor(os.cpu_count()) as writers:

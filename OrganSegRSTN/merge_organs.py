@@ -39,8 +39,8 @@ def main():
     scores = {organ: [] for organ in tested}
     with hold(folder), Results(folder) as results:
         prepare_folder(folder, {}, made)
-        for file in folder.glob('*.nii.gz'):  # of other cases, maybe
-            file.unlink()
+        for file in [folder / 'results.txt', *folder.glob('*.nii.gz')]:  # of other cases, maybe
+            file.unlink(missing_ok=True)
         results(f'Merging organs {", ".join(map(str, tested))}:')
         for number, case in enumerate(cases, 1):
             results(f'  Testcase {number}:')

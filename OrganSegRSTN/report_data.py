@@ -98,6 +98,7 @@ class Folder(NamedTuple):
     times: tuple  # timestamps of its snapshots
     scores: dict
     inters: dict
+    made_with: dict  # settings in its run.json
 
     def volume_file(self, result, number):
         return self.path / 'volumes' / f'{result or self.run[3]}_{number}.npz'
@@ -113,8 +114,7 @@ class Folder(NamedTuple):
     @property
     def window(self):
         """The intensity window (HU) that it was tested with, or None."""
-        window = (read_settings(self.path / 'run.json') or {}).get('window')
-        match window:
+        match self.made_with.get('window'):
             case [int() | float() as low, int() | float() as high] if low < high:
                 return low, high
         return None
@@ -130,6 +130,7 @@ def read_results(source):
         if folder is None:
             source.notice(f'{path}: left out, not the name of a result folder')
             continue
+        folder = folder._replace(made_with=source.attempt(read_settings, path / 'run.json') or {})
         read_scores(source, folder)
         if not any(folder.scores.values()):
             source.notice(f'{path}: left out, it holds no result yet')
@@ -165,7 +166,7 @@ def named_folder(path):
         stage, epoch, options = f'{kind}_fusion' if found.re is FUSION else kind, found['epoch'], found['options']
     run = int(organ), settings, int(thickness), epoch
     times = tuple(snapshot[4] or '' for snapshot in snapshots)
-    return Folder(path, stage, int(found['fold']), run, options, times, scores={}, inters={})
+    return Folder(path, stage, int(found['fold']), run, options, times, scores={}, inters={}, made_with={})
 
 
 def plane_epoch(path):
@@ -209,7 +210,7 @@ def is_whole(folder, number):
         results = FUSIONS if 'fusion' in folder.stage else ['']
         return all(number in folder.scores.get(result, {}) for result in results)
     rounds = len(rounds_of(folder, number))
-    asked = (read_settings(folder.path / 'run.json') or {}).get('stop_DSC')
+    asked = folder.made_with.get('stop_DSC')
     stopped = isinstance(asked, float) and folder.inters.get((number, rounds - 1), 0) >= asked
     return stopped or rounds > int(folder.options.split(',')[1])
 

@@ -7,7 +7,7 @@ import math
 import statistics
 
 from claims import open_file, read_json
-from utils import held, whole_file
+from utils import LEFT, held, whole_file
 
 RUNS = 'runs'  # key of run.json: what is told of the runs that went into the folder; the others are settings
 
@@ -52,7 +52,7 @@ def hold(*folders):
     """Hold result folders for the block: a second run into one of them is told who is at work, and stops."""
     with contextlib.ExitStack() as locks:
         for folder in folders:
-            locks.enter_context(held(folder / '.lock', '.*.part', 'volumes/.*.part'))
+            locks.enter_context(held(folder / '.lock', LEFT, f'volumes/{LEFT}'))
         try:
             yield
         except KeyboardInterrupt:
@@ -64,28 +64,40 @@ def hold(*folders):
 def prepare_folder(folder, settings, made):
     """Make sure that what is stored in folder/volumes was made with these settings (kept in folder/run.json).
 
-    Volumes made with others are removed, said in a line; volumes without a run.json (the published pipeline's) are kept.
-    A value None is unknown and equals any. made: the provenance of this run, told beside that of the former runs that
-    made some of the volumes.
+    Volumes made with others, or beside a run.json that cannot be read, are removed, said in a line, and with them the
+    results.txt of their figures; volumes without a run.json (the published pipeline's) are kept. A value None is unknown
+    and equals any. made: the provenance of this run, told beside that of the former runs that made some of the volumes.
     """
     path = folder / 'run.json'
     volumes = list(folder.glob('volumes/*.npz'))
-    content = _read_json(path)
-    former = read_settings(path)
-    if volumes and former is None:
+    former, damage = {}, None
+    try:
+        former = _read_run(path)
+    except ValueError as error:
+        damage = error
+    if volumes and not (damage or former.keys() - {RUNS}):
         print(f'{folder}: {len(volumes)} volumes of unknown settings are taken as they are (no run.json)')
-    differing = [f'{k}: {former[k]}, now {v}' for k, v in settings.items() if not _same((former or {}).get(k), v)]
-    if differing:
-        if volumes:
-            print(f'{folder}: {len(volumes)} volumes made with other settings are made again ({"; ".join(differing)})')
-        for volume in volumes:
-            volume.unlink()
-            volume.with_suffix('.nii.gz').unlink(missing_ok=True)
-    known = settings if former is None else {key: _known(former.get(key), value) for key, value in settings.items()}
-    runs = [run for run in content.get(RUNS, []) if volumes and not differing and run != made]
-    if known | {RUNS: [*runs, made]} != content:
+    differing = [f'{k}: {former[k]}, now {v}' for k, v in settings.items() if not _same(former.get(k), v)]
+    if volumes and (damage or differing):
+        kind = 'unknown' if damage else 'other'
+        print(
+            f'{folder}: {len(volumes)} volumes made with {kind} settings are made again ({damage or "; ".join(differing)})'
+        )
+    if damage or differing:
+        discard(folder, volumes)
+    known = {key: _known(former.get(key), value) for key, value in settings.items()}
+    runs = [run for run in former.get(RUNS, []) if volumes and not differing and run != made]
+    if damage or known | {RUNS: [*runs, made]} != former:
         with whole_file(path, 'w') as file:
             json.dump(known | {RUNS: [*runs, made]}, file, indent=1)
+
+
+def discard(folder, volumes):
+    """Remove volumes of a result folder, their NIfTIs, and first the figures that were made of them."""
+    (folder / 'results.txt').unlink(missing_ok=True)
+    for volume in volumes:
+        volume.unlink()
+        volume.with_suffix('.nii.gz').unlink(missing_ok=True)
 
 
 def _known(former, now):
@@ -106,16 +118,25 @@ def _same(former, now):
 
 
 def read_settings(path):
-    """The settings in a run.json, without its runs; None where there is none that can be read."""
-    return {key: value for key, value in _read_json(path).items() if key != RUNS} or None
-
-
-def _read_json(path):
-    """The content of a run.json; {} where there is none that can be read."""
+    """The settings in a run.json, without its runs; None where there is none; ValueError names one that cannot be read."""
     try:
-        return read_json(path)
-    except (FileNotFoundError, ValueError):
+        content = _read_run(path)
+    except ValueError as error:
+        raise ValueError(f'{error}; run the stage that made it again') from None
+    return {key: value for key, value in content.items() if key != RUNS} or None
+
+
+def _read_run(path):
+    """The content of a run.json; {} where there is none; ValueError names one that cannot be read."""
+    try:
+        content = read_json(path)
+        if not isinstance(content.get(RUNS, []), list):
+            raise ValueError(f'its {RUNS} are no list')
+    except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise ValueError(f'{path}: not a readable run.json ({error})') from None
+    return content
 
 
 def checksum(path):

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 import parallel
 from arguments import uninterrupted, whole
+from claims import check_archive
 from utils import whole_file
 
 # arguments that another machine, or the next start, may change
@@ -162,6 +163,7 @@ class Run:
     def load(self):
         """What the checkpoint holds; None where there is none. ValueError: it is broken, or of other arguments."""
         try:
+            check_archive(self.path)
             state = torch.load(self.path, map_location='cpu', weights_only=True, mmap=True)
             if missing := KEYS - set(state):
                 raise ValueError(f'{", ".join(sorted(missing))} missing')

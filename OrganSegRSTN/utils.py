@@ -1,7 +1,9 @@
 """Names of files and folders, folds, intensities, Dice and post-processing: what every stage shares, without torch."""
 
 import contextlib
+import errno
 import fcntl
+import functools
 import os
 import re
 import shutil
@@ -22,6 +24,7 @@ except ImportError:
     fast_functions = None
 
 PLANES = 'XYZ'
+LEFT = '.*.[0-9]*.part'  # what a killed run leaves half-written: .NAME.PROCESS.part
 
 
 # --- labels, folds and intensities ---------------------------------------------------------------------------------
@@ -170,22 +173,15 @@ def held(path, *parts):
     """Hold the lock file `path` for the block; ValueError names the process that holds it already.
 
     What a killed run left half-written is removed: files and folders that the patterns `parts` find beside the lock.
-    The kernel frees the lock however the process ends.
+    The kernel frees the lock however the process ends. On a file system without locks nothing is held, or removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        lock = open(path, 'a+')  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or 'another process'
-            lock.close()
-            raise ValueError(f'{path.parent}: in use by {holder}; wait until it is done, or end it') from None
-        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-            break
-        lock.close()  # its last holder has removed it since
+    lock = _lock(path)
+    if lock is None:
+        _say_unlocked()
+        yield
+        return
     try:
         with naming(path):
             os.truncate(lock.fileno(), 0)
@@ -204,6 +200,33 @@ def held(path, *parts):
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
         lock.close()
+
+
+def _lock(path):
+    """The open file `path`, locked; None where its file system has no locks; ValueError names who has locked it."""
+    while True:
+        lock = open(path, 'a+')  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or 'another process'
+            lock.close()
+            raise ValueError(f'{path.parent}: in use by {holder}; wait until it is done, or end it') from None
+        except OSError as error:
+            lock.close()
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            path.unlink(missing_ok=True)
+            return None
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            return lock
+        lock.close()  # its last holder has removed it since
+
+
+@functools.cache
+def _say_unlocked():
+    print('this file system has no locks: that no two runs write into one folder is up to you', flush=True)
 
 
 def load_array(path):
@@ -311,8 +334,18 @@ def read_list(path):
 
 
 def read_cases(data_path, kind, fold):
-    """The cases that train or test a fold, in order."""
-    path = fold_list(data_path, kind, fold)
+    """The cases that train or test a fold, in order; ValueError where the two lists do not hold every case once."""
+    other = 'testing' if kind == 'training' else 'training'
+    cases, others = (_read_cases(fold_list(data_path, which, fold)) for which in (kind, other))
+    if sorted(case.number for case in cases + others) != list(range(len(cases + others))):
+        raise ValueError(
+            f'{fold_list(data_path, kind, fold)}: with {fold_list(data_path, other, fold).name} it does not hold every '
+            'case from 0 once, as if one of them were cut off; run init.py again'
+        )
+    return cases
+
+
+def _read_cases(path):
     cases = []
     for line in read_list(path):
         fields = line.split()

@@ -85,6 +85,7 @@ def list_of_cases(folder):
 
     path = fold_list(folder, 'testing', 0)
     path.parent.mkdir()
+    fold_list(folder, 'training', 0).touch()
     path.write_text(''.join(f'{i} images/{i:04d}.npy labels/{i:04d}.npy\n' for i in range(5)))
     return path, lambda path: read_cases(folder, 'testing', 0)
 

@@ -497,9 +497,14 @@ CASES = {
     'zero bytes': (b'0 images/0001.npy\0 labels/0001.npy\n', 'line 1 is not text'),
     'other bytes than UTF-8': (b'0 images/\xff.npy labels/\xff.npy\n', "codec can't decode byte 0xff"),
     'a picture': (b'\x89PNG\r\n\x1a\n' + bytes(range(256)), 'not a list'),
-    'a missing label': (b'0 images/0001.npy labels/none.npy\n', 'labels/none.npy: no such file'),
+    'a case too few': (b'0 images/0001.npy labels/0001.npy\n', 'it does not hold every case from 0 once'),
+    'a case twice': (b'0 images/0001.npy labels/0001.npy\n' * 2, 'it does not hold every case from 0 once'),
+    'a missing label': (
+        b'0 images/0001.npy labels/none.npy\n1 images/0002.npy labels/0002.npy\n',
+        'labels/none.npy: no such file',
+    ),
     'a label that is a device': (
-        b'0 images/0001.npy /dev/zero\n',
+        b'0 images/0001.npy /dev/zero\n1 images/0002.npy labels/0002.npy\n',
         '/dev/zero: not a readable .npy array (it is not a regular',
     ),
 }
@@ -526,10 +531,15 @@ SLICES = {
     'an average that is no number': (b'2 0 images_Z/a.npy labels_Z/a.npy nan 1 0 1 0 1\n', 'is not a slice of a list'),
     'a count of 5000 digits': (b'2 0 a b 0.5 ' + b'9' * 5000 + b' 0 1 0 1\n', 'is not a slice of a list'),
     'a slice of another case folder': (
-        b'2 0 images_Z/none.npy labels_Z/none.npy 0.5 9 0 1 0 1\n',
+        b''.join(b'%d 0 images_Z/none.npy labels_Z/none.npy 0.5 9 0 1 0 1\n' % case for case in range(4)),
         'none.npy: no such file',
     ),
-    'fewer organs': (b'2 0 images_Z/a.npy labels_Z/a.npy 0.5 9 0 1 0 1\n', 'holds no organ 2; run init.py'),
+    'a slice too few': (
+        b''.join(b'0 %d images_Z/a.npy labels_Z/a.npy 0.5 9 0 1 0 1\n' % j for j in (0, 2)),
+        'slice 2 of case 0 is out of place',
+    ),
+    'a case too few': (b'0 0 images_Z/a.npy labels_Z/a.npy 0.5 9 0 1 0 1\n', 'is not the last of 4 cases'),
+    'fewer organs': (b'0 0 images_Z/a.npy labels_Z/a.npy 0.5 9 0 1 0 1\n', 'holds no organ 2; run init.py'),
 }
 
 

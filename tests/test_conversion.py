@@ -16,6 +16,8 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, generate_uid
 
+from converting import convert_all
+
 REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get('RSTN_SHARED', REPO.parent / 'shared'))
 AXIAL = [1, 0, 0, 0, 1, 0]
@@ -499,3 +501,13 @@ def test_a_real_JPEG_2000_series_lies_under_its_row_flipped_label(tmp_path):
     assert 'by transpose(1, 0, 2)' in convert('nii2npy.py', tmp_path)[0]
     published = loaded(tmp_path, 'labels')['0001']
     assert liver_mean(published) < 0 and 70 < liver_mean(published[::-1]) < 110
+
+
+def test_only_what_a_killed_conversion_has_left_is_removed(tmp_path):
+    for folder in ('raw', 'images', 'imagesTr'):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / '.my notes.part').touch()
+        (tmp_path / folder / '.0001.npy.77.part').touch()
+    convert_all(tmp_path, {}, None)
+    assert [path.parent.name for path in sorted(tmp_path.rglob('.0001*'))] == ['imagesTr', 'raw']
+    assert len(list(tmp_path.rglob('.my notes.part'))) == 3

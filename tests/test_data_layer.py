@@ -7,6 +7,7 @@ import pytest
 from conftest import write_case
 
 from Data import DataLayer, slice_bar
+from utils import fold_list, read_cases
 
 PIXELS = [0, 0, 5, 9, 2, 0, 7, 3, 8, 1]  # 7 slices with the organ
 
@@ -112,3 +113,34 @@ def test_a_moved_data_folder_and_absolute_paths_are_read(cases, tmp_path):
     for kind in ('images', 'labels'):
         shutil.rmtree(moved / f'{kind}_Z')
     assert [seen(sample) for sample in layer(moved)] == expected
+
+
+# --- lists that are not whole --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('fold', [0, 1])
+@pytest.mark.parametrize('name', ['training_Z', 'training_FD', 'testing_FD'])
+def test_a_list_that_has_lost_its_last_lines_is_noticed_before_training(cases, name, fold):
+    path = cases / f'lists/{name}{fold if name.endswith("FD") else ""}.txt'
+    lines = path.read_text().splitlines(keepends=True)
+    for kept in range(len(lines)):
+        path.write_text(''.join(lines[:kept]))
+        with pytest.raises(ValueError, match=r'/lists/t.*_(Z|FD\d)\.txt: .*run init\.py again'):
+            layer(cases, fold=fold)
+
+
+@pytest.mark.parametrize('lost', [0, 1, 3, 4, 6, 7, 9, 10])  # of the cases' three lines each
+def test_a_list_that_has_lost_a_line_within_a_case_is_named(cases, lost):
+    path = cases / 'lists/training_Z.txt'
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(''.join(lines[:lost] + lines[lost + 1 :]))
+    with pytest.raises(ValueError, match=r'training_Z\.txt: .*run init\.py again'):
+        layer(cases)
+
+
+@pytest.mark.parametrize('lost', [0, 1])
+def test_a_testing_list_that_has_lost_a_case_is_named(cases, lost):
+    path = fold_list(cases, 'testing', 0)
+    path.write_text(path.read_text().splitlines(keepends=True)[1 - lost])
+    with pytest.raises(ValueError, match=r'testing_FD0\.txt: with training_FD0\.txt it does not hold every case'):
+        read_cases(cases, 'testing', 0)

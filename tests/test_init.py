@@ -96,6 +96,17 @@ def test_slices_of_a_formerly_longer_case_are_removed(data, call):
     assert len(list((data / 'images_Z/0001').iterdir())) == 4
 
 
+def test_only_what_a_killed_run_of_its_own_has_left_is_removed(data, call):
+    for folder in ('raw', 'images', 'images_Z'):
+        (data / folder).mkdir(exist_ok=True)
+        (data / folder / '.my notes.part').touch()
+    (data / 'raw/.0001.77.part').mkdir()
+    (data / 'images_Z/.0001.77.part').mkdir()
+    assert call('init.py', data, 1, 2, -100, 240).code == 0
+    left = sorted(str(path.relative_to(data)) for path in data.rglob('.*.part'))
+    assert left == ['images/.my notes.part', 'images_Z/.my notes.part', 'raw/.0001.77.part', 'raw/.my notes.part']
+
+
 # --- what it refuses -----------------------------------------------------------------------------------------------
 
 

@@ -1,15 +1,19 @@
 """Snapshots: their names, which one is tested, and what is read and refused."""
 
+import errno
+import fcntl
 import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CODE, settings, tiny_weights
 
+import utils
 from model import load_RSTN, load_weights
 from utils import epoch_name, find_pretrained, find_snapshot, held, results_folder, snapshot_folder, snapshot_name
 
@@ -168,6 +172,33 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, weights, legacy, part):
         load_weights(path)
 
 
+def test_no_flipped_bit_makes_other_weights_of_a_snapshot(tmp_path):
+    state = {'a': torch.arange(20.0), 'b': torch.arange(7.0)}
+    path = save(tmp_path / 'flipped.pkl', state)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        try:
+            found = load_weights(path)
+        except ValueError as error:
+            assert 'flipped.pkl: ' in str(error)
+        else:
+            assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state), place
+
+
+def test_the_entry_that_has_changed_is_named(tmp_path, weights):
+    path = save(tmp_path / 'flipped.pkl', weights)
+    with zipfile.ZipFile(path) as archive:
+        place = archive.getinfo('flipped/data/5').header_offset + 200  # beyond its header and name, and what aligns it
+    with open(path, 'r+b') as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 64]))
+    with pytest.raises(ValueError, match=r"flipped\.pkl: .*'flipped/data/5' is not what its checksum says"):
+        load_weights(path)
+
+
 @pytest.mark.parametrize('content', [b'hello\n', b'PK\x03\x04', b'\x80\x02.', bytes(100), b'FD0:XJ3_1.pkl' * 9])
 def test_a_file_of_something_else_is_refused_by_name(tmp_path, content):
     path = tmp_path / 'other.pkl'
@@ -245,3 +276,29 @@ def test_a_second_run_is_told_who_holds_a_folder_and_a_killed_one_holds_nothing(
         assert str(os.getpid()) in lock.read_text()
         assert not left.exists()
     assert list(lock.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize('code', [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_on_a_file_system_without_locks_a_run_goes_on_and_says_once_that_it_is_not_kept_apart(
+    tmp_path, monkeypatch, capsys, code
+):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    utils._say_unlocked.cache_clear()
+    others = tmp_path / '.volume.npz.1.part'
+    others.write_bytes(b'half, maybe of a run that is at work')
+    with held(tmp_path / '.lock', '.*.part'), held(tmp_path / '.other', '.*.part'):
+        assert others.exists()
+    assert list(tmp_path.iterdir()) == [others]
+    assert capsys.readouterr().out.count('this file system has no locks') == 1
+
+
+def test_another_error_of_a_lock_is_no_lack_of_locks(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    with pytest.raises(OSError, match='Input/output error'), held(tmp_path / '.lock'):
+        pass

@@ -51,13 +51,16 @@ def test_any_other_line_is_a_slice_or_a_ValueError_that_quotes_it(line):
 
 
 @quick
-@given(cases=st.lists(st.tuples(st.integers(0, 10**9 - 1), NAMES, NAMES), max_size=10))
-def test_cases_are_read_back_from_their_list(tmp_path_factory, cases):
+@given(names=st.lists(st.tuples(NAMES, NAMES), max_size=10), start=st.integers(0, 9), tested=st.integers(0, 9))
+def test_cases_are_read_back_from_their_lists(tmp_path_factory, names, start, tested):
     data = tmp_path_factory.mktemp('lists')
-    expected = [Case(number, f'images/{image}.npy', f'labels/{label}.npy') for number, image, label in cases]
-    with utils.whole_file(fold_list(data, 'testing', 0), 'w') as file:
-        file.writelines(f'{" ".join(map(str, case))}\n' for case in expected)
-    assert read_cases(data, 'testing', 0) == expected
+    cases = [Case(i, f'images/{image}.npy', f'labels/{label}.npy') for i, (image, label) in enumerate(names)]
+    fold = {'testing': cases[start : start + tested], 'training': cases[:start] + cases[start + tested :]}
+    for kind, expected in fold.items():
+        with utils.whole_file(fold_list(data, kind, 0), 'w') as file:
+            file.writelines(f'{" ".join(map(str, case))}\n' for case in expected)
+    for kind, expected in fold.items():
+        assert read_cases(data, kind, 0) == expected
 
 
 @quick

@@ -343,6 +343,7 @@ BROKEN = {
     'no results.txt': (TXT, os.remove, 'computed from their volumes: there is no results.txt'),
     'half a results.txt': (TXT, lambda f: f.write_text(f.read_text()[:400]), 'results.txt lacks them'),
     'an empty results.txt': (TXT, lambda f: f.write_text(''), 'computed from their volumes'),
+    'half a run.json': (TXT.replace('results.txt', 'run.json'), lambda f: f.write_text('{"wi'), 'not a readable run.json'),
     'no list': ('lists/testing_FD0.txt', os.remove, 'testing_FD0.txt: no such list'),
     'a list of another kind': ('lists/testing_FD0.txt', lambda f: f.write_text('a b\n'), "'a b' is not"),
     'no label': ('labels/0001.npy', os.remove, 'labels/0001.npy: no such file'),

@@ -231,9 +231,12 @@ def test_a_checkpoint_of_other_lists_is_refused(ended, call):
     assert done.code == 1 and 'made with other arguments (training_Z.txt was' in done.err
 
 
-def test_a_broken_checkpoint_is_one_line_that_says_what_to_do(ended, call):
+@pytest.mark.parametrize('damage', ['cut off', 'a bit flipped'])
+def test_a_broken_checkpoint_is_one_line_that_says_what_to_do(ended, call, damage):
     path = ended / SNAPSHOTS / 'FD0:Z3_1.ckpt'
-    path.write_bytes(path.read_bytes()[:5000])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content[:5000] if damage == 'cut off' else content)
     done = call('training.py', *training_args(ended, epochs=EPOCHS), *RESUME)
     assert (done.code, len(done.err.splitlines())) == (1, 1)
     assert 'FD0:Z3_1.ckpt: not a readable checkpoint' in done.err and 'remove it to start anew' in done.err

@@ -1,5 +1,6 @@
 """Coarse and oracle testing, fusion and coarse to fine on tiny cases: what is computed, stored, reused and printed."""
 
+import json
 import math
 import re
 import shutil
@@ -502,6 +503,38 @@ def test_a_published_folder_of_volumes_without_run_json_is_taken_as_it_is(tested
     (folder / 'run.json').unlink()
     assert 'unknown settings' in succeeded(call('coarse_testing.py', *training_args(tested))).out
     assert times(folder) == before
+
+
+@pytest.mark.parametrize('damage', [b'', b'\xff\xfe', b'[1]', b'{"runs": 3}', 40], ids=str)
+def test_volumes_beside_a_damaged_run_json_are_made_again(tested, call, damage):
+    succeeded(call('coarse_testing.py', *training_args(tested)))
+    folder = tested / COARSE / 'FD0:ZJ3_1.pkl'
+    whole, before = json.loads((folder / 'run.json').read_text()), times(folder)
+    content = (folder / 'run.json').read_bytes()
+    (folder / 'run.json').write_bytes(content[:damage] if isinstance(damage, int) else damage)
+    done = succeeded(call('coarse_testing.py', *training_args(tested)))
+    assert re.search(r'2 volumes made with unknown settings are made again \(.*/run.json: not a readable', done.out)
+    assert not times(folder).items() & before.items()
+    assert json.loads((folder / 'run.json').read_text()) == whole
+
+
+def test_fusion_names_a_planes_damaged_run_json(tested, call):
+    for plane in 'XYZ':
+        succeeded(call('coarse_testing.py', *training_args(tested, plane)))
+    (tested / COARSE / 'FD0:YJ3_1.pkl/run.json').write_text('{"window"')
+    done = call('coarse_fusion.py', *fusion_args(tested))
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert 'FD0:YJ3_1.pkl/run.json: not a readable run.json' in done.err and 'run the stage' in done.err
+
+
+def test_figures_go_with_the_volumes_that_they_were_made_of(tested, call):
+    succeeded(call('coarse_testing.py', *training_args(tested)))
+    args = coarse2fine_args(tested)
+    args[4] = 400  # another window: coarse to fine makes the coarse volumes again
+    succeeded(call('coarse2fine_testing.py', *args))
+    folder = tested / COARSE / 'FD0:ZJ3_1.pkl'
+    assert len(list(folder.glob('volumes/*.npz'))) == 2
+    assert not (folder / 'results.txt').exists()
 
 
 # --- predictions as NIfTI ------------------------------------------------------------------------------------------
