@@ -10,6 +10,7 @@ import torch
 from conftest import FOLDER, coarse2fine_args, merge_args, tiny_weights
 
 import merge_organs
+import nifti
 from utils import load_volume
 
 FINE = 'results/coarse2fine_testing_1e-5x10,4'
@@ -77,7 +78,8 @@ def volumes(data, organ, name, shape):
     return load_volume(folder_of(data, organ) / 'volumes' / name, shape)
 
 
-def test_one_file_a_case_on_the_scans_grid_with_each_organs_number(two, call):
+def test_one_file_a_case_on_the_scans_grid_with_each_organs_number(two, call, monkeypatch):
+    monkeypatch.setattr(nifti, '_said_unplaced', False)  # other tests have had it said
     (two / 'geometry').mkdir()
     content = {'affine': AFFINE.tolist(), 'holds': 'position', 'source': 'x', 'type': 'DICOM'}
     (two / 'geometry/0001.json').write_text(json.dumps(content))
@@ -87,7 +89,7 @@ def test_one_file_a_case_on_the_scans_grid_with_each_organs_number(two, call):
     assert '0002: no geometry/0002.json that says where it lies: its .nii.gz is in voxels' in done.out
 
     folder = merged_folder(two)
-    assert sorted(file.name for file in folder.iterdir()) == ['0001.nii.gz', '0002.nii.gz', 'results.txt']
+    assert sorted(file.name for file in folder.iterdir()) == ['0001.nii.gz', '0002.nii.gz', 'results.txt', 'run.json']
     np.testing.assert_array_equal(nib.load(folder / '0001.nii.gz').affine, AFFINE)
     np.testing.assert_array_equal(nib.load(folder / '0002.nii.gz').affine, np.eye(4))
     organs = np.asarray(nib.load(folder / '0001.nii.gz').dataobj)
