@@ -11,6 +11,7 @@ from conftest import FOLDER, coarse2fine_args, merge_args, tiny_weights
 
 import merge_organs
 import nifti
+from results import checksum
 from utils import load_volume
 
 FINE = 'results/coarse2fine_testing_1e-5x10,4'
@@ -155,6 +156,17 @@ def test_an_organ_that_is_half_there_is_named(lost, two, call):
     assert done.code == 1
     assert 'case 2 is not whole; run coarse2fine_testing.py --probability of organ 2 first' in done.err.splitlines()[-1]
     assert not (merged_folder(two) / 'results.txt').exists(), 'no old figures without their volumes'
+
+
+def test_run_json_names_the_snapshots_of_each_organ(two, call):
+    run_two_organs(two, call)
+    assert call('merge_organs.py', *merge_args(two)).code == 0
+    told = json.loads((merged_folder(two) / 'run.json').read_text())
+    snapshots = two / 'models/snapshots' / FOLDER
+    assert told['organs'] == [
+        [organ, [checksum(snapshots / f'FD0:{plane}J3_{organ}.pkl') for plane in 'XYZ']] for organ in (1, 2)
+    ]
+    assert told['runs'][0]['arguments']['organ_IDs'] == [1, 2]
 
 
 def test_files_of_cases_that_are_no_longer_tested_go(two, call):
