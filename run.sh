@@ -187,7 +187,7 @@ call() {  # call ARGUMENT ...: python with these, printed or run
 
 SHARE=  # threads of each of several processes side by side
 share_cores() {  # share_cores PROCESSES; what the user says in OMP_NUM_THREADS goes before
-  local cores=${SHARE:-$(getconf _NPROCESSORS_ONLN)}
+  local cores=${SHARE:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}  # nproc: those that this process may use
   [[ -n ${OMP_NUM_THREADS:-} ]] || SHARE=$((cores > $1 ? cores / $1 : 1))
 }
 
@@ -252,11 +252,14 @@ beside() {  # beside PLANE PLANES COMMAND ...: at once with the others; its line
 }
 
 plane_gpu() {  # that of a plane in PLANE_GPUS
-  local before=${PLANES%%"$1"*} gpus
-  read -r -a gpus <<<"$PLANE_GPUS"
-  echo "${gpus[${#before}]}"
+  local X Y Z
+  read -r X Y Z <<<"$PLANE_GPUS"
+  case $1 in
+    X) echo "$X" ;;
+    Y) echo "$Y" ;;
+    Z) echo "$Z" ;;
+  esac
 }
-PLANES=XYZ
 
 each_plane() {  # each_plane PLANES GPU FUNCTION ARGUMENT ...: FUNCTION PLANE GPU ARGUMENT ... for each, or at once on PLANE_GPUS
   local stage=$STAGE plane planes jobs='' failed='' status=0

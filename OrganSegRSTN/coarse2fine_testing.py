@@ -40,14 +40,7 @@ AGREEMENTS = ('0.90', '0.95', '0.98', '0.99')  # inter-iteration DSC at which a 
 
 
 def main():
-    made = arguments.parser(__doc__, arguments.COARSE2FINE, arguments.FUSION_OPTIONAL)
-    made.add_argument('--stop_DSC', type=arguments.number(0, 1), metavar='DSC',
-                      help='end a case at the first round whose inter-iteration DSC reaches it (default: all rounds)')  # fmt: skip
-    arguments.add_precision(made)
-    made.add_argument('--probability', action='store_true',
-                      help="store the last round's mean probability, too, as merge_organs.py needs it")  # fmt: skip
-    add_option(made)
-    args = arguments.parse(made)
+    args = arguments_of()
     parallel.quiet()
     device, run = begin(args)
     snapshots = [find_snapshot(args, plane, getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
@@ -81,6 +74,17 @@ def main():
                 export(args, folder / 'volumes' / f'R{len(masks) - 1}_{number}.npz', masks[-1], case)
                 cases.append(report_rounds(results, label, masks))
             report_averages(results, cases, args.max_rounds)
+
+
+def arguments_of():
+    made = arguments.parser(__doc__, arguments.COARSE2FINE, arguments.FUSION_OPTIONAL)
+    made.add_argument('--stop_DSC', type=arguments.number(0, 1), metavar='DSC',
+                      help='end a case at the first round whose inter-iteration DSC reaches it (default: all rounds)')  # fmt: skip
+    arguments.add_precision(made)
+    made.add_argument('--probability', action='store_true',
+                      help="store the last round's mean probability, too, as merge_organs.py needs it")  # fmt: skip
+    add_option(made)
+    return arguments.parse(made)
 
 
 def prepare_folders(args, folder, coarse, settings, run):

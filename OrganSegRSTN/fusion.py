@@ -4,7 +4,7 @@ import numpy as np
 
 from nifti import export
 from parallel import rank
-from provenance import print_provenance, provenance
+from provenance import begin_without_network
 from results import Results, hold, prepare_folder, read_settings
 from utils import (
     PLANES,
@@ -25,9 +25,7 @@ def fuse(args, stage):
     """Fuse the volumes of a fold's test cases: volumes/{X|Y|Z|F1|F2|F3|F1P|F2P|F3P}_{case}.npz and results.txt."""
     if rank():  # under torchrun: one process is enough
         return
-    print('device: CPU (fusion needs no other)')
-    made = provenance(args, 'CPU')
-    print_provenance(made)
+    made = begin_without_network(args, 'fusion')
     snapshots = [find_snapshot(args, plane, getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
     epoch = epoch_name(args)
     planes = ','.join(name.removeprefix(f'FD{args.current_fold}:') for name in snapshots)

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 import arguments
+from provenance import begin_without_network
 from slices import Slice, organ_extents, plane_view, slice_averages
 from utils import (
     LEFT,
@@ -35,6 +36,7 @@ TOGETHER = 32  # slices gathered at a time
 def main():
     made = arguments.parser(__doc__, 'data_path organ_number folds low_range high_range'.split())
     args = arguments.parse(made)
+    begin_without_network(args, 'initialization')
     names = case_names(Path(args.data_path))
     if len(names) < args.folds:
         raise ValueError(f'{args.data_path}: {len(names)} cases cannot be divided into {args.folds} folds')

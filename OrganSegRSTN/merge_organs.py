@@ -14,7 +14,7 @@ import numpy as np
 import arguments
 from coarse2fine_testing import finished, folder_name, probability_file, stored_rounds
 from nifti import write_on_scan
-from provenance import print_provenance, provenance
+from provenance import begin_without_network
 from results import Results, hold, prepare_folder, read_settings
 from utils import (
     PLANES,
@@ -30,15 +30,13 @@ from utils import (
 
 def main():
     args = arguments.parse(arguments.parser(__doc__, arguments.MERGING, arguments.FUSION_OPTIONAL))
-    print('device: CPU (merging needs no other)')
-    made = provenance(args, 'CPU')
-    print_provenance(made)
+    made = begin_without_network(args, 'merging')
     tested = {organ: tested_organ(args, organ) for organ in args.organ_IDs}
     cases = read_cases(args.data_path, 'testing', args.current_fold)
     folder = merged_folder(args)
     scores = {organ: [] for organ in tested}
     with hold(folder), Results(folder) as results:
-        prepare_folder(folder, {}, made)
+        prepare_folder(folder, {'organs': [[organ, tested[organ].snapshots] for organ in tested]}, made)
         for file in [folder / 'results.txt', *folder.glob('*.nii.gz')]:  # of other cases, maybe
             file.unlink(missing_ok=True)
         results(f'Merging organs {", ".join(map(str, tested))}:')
@@ -56,12 +54,15 @@ def main():
 
 
 def tested_organ(args, organ):
-    """The arguments with which coarse2fine_testing.py tested an organ, and the `folder` of what it stored."""
+    """The arguments with which coarse2fine_testing.py tested an organ, the `folder` of what it stored, and what its
+    run.json tells: stop_DSC, and the checksums of the `snapshots`.
+    """
     args = Namespace(**vars(args) | {'organ_ID': organ})
     snapshots = [find_snapshot(args, plane, getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
     args.folder = results_folder(args, 'coarse2fine', folder_name(args, snapshots))
-    stop_DSC = (read_settings(args.folder / 'run.json') or {}).get('stop_DSC')
-    args.stop_DSC = stop_DSC if isinstance(stop_DSC, float) else None
+    settings = read_settings(args.folder / 'run.json') or {}
+    args.stop_DSC = settings['stop_DSC'] if isinstance(settings.get('stop_DSC'), float) else None
+    args.snapshots = settings.get('snapshots')
     return args
 
 

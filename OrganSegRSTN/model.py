@@ -248,7 +248,8 @@ def pick_device(GPU_ID):
     Of several (`0,1,2,3`, or `cpu,cpu`) each process on a machine takes its own.
     """
     os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')  # torch's memory in huge pages: a third less time on a CPU
-    mine = [*GPU_ID.split(','), ''][min(parallel.local_rank(), GPU_ID.count(',') + 1)]
+    GPU_IDs, rank = GPU_ID.split(','), parallel.local_rank()
+    mine = GPU_IDs[rank] if rank < len(GPU_IDs) else ''
     if mine == 'cpu' or not torch.cuda.is_available():
         why = 'as asked' if mine == 'cpu' else f'no CUDA device found, GPU_ID {GPU_ID} is not used'
         device = torch.device('cpu')
@@ -256,7 +257,7 @@ def pick_device(GPU_ID):
         return device
     if not mine.isdigit() or int(mine) >= torch.cuda.device_count():
         raise ValueError(
-            f'GPU_ID {GPU_ID} holds no CUDA device for process {parallel.local_rank()} of this machine; '
+            f'GPU_ID {GPU_ID} holds no CUDA device for process {rank} of this machine; '
             f'there are {torch.cuda.device_count()}, from 0'
         )
     device = torch.device('cuda', int(mine))

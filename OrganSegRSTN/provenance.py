@@ -6,24 +6,36 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from model import device_name, pick_device
-
 LIBRARIES = ('torch', 'numpy', 'scipy', 'fast-functions')
 
 
 def begin(args):
     """(device, provenance) of a stage that runs a network: the lines that every log begins with are printed."""
+    from model import device_name, pick_device  # torch: seconds that other stages need not wait
+
     device = pick_device(args.GPU_ID)
     made = provenance(args, device_name(device))
     print_provenance(made)
     return device, made
 
 
+def begin_without_network(args, stage):
+    """The provenance of a stage that runs no network: the same lines are printed."""
+    print(f'device: CPU ({stage} needs no other)')
+    made = provenance(args, 'CPU')
+    print_provenance(made)
+    return made
+
+
+def code():
+    """{what: value} of the code and its libraries."""
+    versions = {'python': platform.python_version()} | {name: library_version(name) for name in LIBRARIES}
+    return {'revision': revision(), 'versions': versions}
+
+
 def provenance(args, device):
     """{what: value} of a run with these arguments on a device of this name."""
-    return {
-        'revision': revision(),
-        'versions': {'python': platform.python_version()} | {name: library_version(name) for name in LIBRARIES},
+    return code() | {
         'device': device,
         'arguments': {name: value for name, value in vars(args).items() if name != 'unused'},
     }

@@ -19,6 +19,7 @@ import jinja2
 import arguments
 from claims import read_json
 from measures import TOLERANCE
+from provenance import code
 from report_data import AGREEMENTS, Source, read_logs, read_results
 from report_pictures import COLOURS, COLUMNS, draw_losses, write_chart
 from report_runs import DISTANCES, RunReport
@@ -153,7 +154,7 @@ def notice_unused(source, reference, reports):
 
 
 def summary(name, reports, notices):
-    """The content of summary.json: DSC and NSD from 0 to 1; null is what is undefined, infinite or not measured."""
+    """The content of summary.json, told with the revision of the code that made it: DSC and NSD from 0 to 1; null is what is undefined, infinite or not measured."""
     runs = []
     for report in reports:
         results = {
@@ -169,7 +170,7 @@ def summary(name, reports, notices):
         cases = [{k: v for k, v in case.items() if k not in ('planes', 'id')} for case in report['cases']]
         kept = ('organ', 'settings', 'thickness', 'epoch', 'folds')
         runs.append({key: report[key] for key in kept} | {'results': results, 'cases': cases})
-    return {'name': name, 'NSD_tolerance': TOLERANCE, 'runs': runs, 'notices': notices}
+    return code() | {'name': name, 'NSD_tolerance': TOLERANCE, 'runs': runs, 'notices': notices}
 
 
 def write_json(path, content):

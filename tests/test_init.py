@@ -80,6 +80,13 @@ def test_a_second_run_leaves_the_same_and_a_moved_folder_still_works(data, initi
     assert all((data / file).read_bytes() == (initialized / file).read_bytes() for file in files)
 
 
+def test_it_tells_what_it_runs_with(data, call):
+    first, code, arguments = call('init.py', data, 1, 2, -100, 240).out.splitlines()[:3]
+    assert first == 'device: CPU (initialization needs no other)'
+    assert code.startswith('code: ') and ', numpy ' in code
+    assert arguments == f'arguments: data_path={data} organ_number=1 folds=2 low_range=-100.0 high_range=240.0'
+
+
 def test_fold_lists_of_more_folds_formerly_are_removed(data, call):
     assert call('init.py', data, 1, 4, -100, 240).code == 0
     assert fold_list(data, 'testing', 3).exists()

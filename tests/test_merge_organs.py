@@ -10,6 +10,8 @@ import torch
 from conftest import FOLDER, coarse2fine_args, merge_args, tiny_weights
 
 import merge_organs
+import nifti
+from results import checksum
 from utils import load_volume
 
 FINE = 'results/coarse2fine_testing_1e-5x10,4'
@@ -77,7 +79,8 @@ def volumes(data, organ, name, shape):
     return load_volume(folder_of(data, organ) / 'volumes' / name, shape)
 
 
-def test_one_file_a_case_on_the_scans_grid_with_each_organs_number(two, call):
+def test_one_file_a_case_on_the_scans_grid_with_each_organs_number(two, call, monkeypatch):
+    monkeypatch.setattr(nifti, '_said_unplaced', False)  # other tests have had it said
     (two / 'geometry').mkdir()
     content = {'affine': AFFINE.tolist(), 'holds': 'position', 'source': 'x', 'type': 'DICOM'}
     (two / 'geometry/0001.json').write_text(json.dumps(content))
@@ -87,7 +90,7 @@ def test_one_file_a_case_on_the_scans_grid_with_each_organs_number(two, call):
     assert '0002: no geometry/0002.json that says where it lies: its .nii.gz is in voxels' in done.out
 
     folder = merged_folder(two)
-    assert sorted(file.name for file in folder.iterdir()) == ['0001.nii.gz', '0002.nii.gz', 'results.txt']
+    assert sorted(file.name for file in folder.iterdir()) == ['0001.nii.gz', '0002.nii.gz', 'results.txt', 'run.json']
     np.testing.assert_array_equal(nib.load(folder / '0001.nii.gz').affine, AFFINE)
     np.testing.assert_array_equal(nib.load(folder / '0002.nii.gz').affine, np.eye(4))
     organs = np.asarray(nib.load(folder / '0001.nii.gz').dataobj)
@@ -153,6 +156,17 @@ def test_an_organ_that_is_half_there_is_named(lost, two, call):
     assert done.code == 1
     assert 'case 2 is not whole; run coarse2fine_testing.py --probability of organ 2 first' in done.err.splitlines()[-1]
     assert not (merged_folder(two) / 'results.txt').exists(), 'no old figures without their volumes'
+
+
+def test_run_json_names_the_snapshots_of_each_organ(two, call):
+    run_two_organs(two, call)
+    assert call('merge_organs.py', *merge_args(two)).code == 0
+    told = json.loads((merged_folder(two) / 'run.json').read_text())
+    snapshots = two / 'models/snapshots' / FOLDER
+    assert told['organs'] == [
+        [organ, [checksum(snapshots / f'FD0:{plane}J3_{organ}.pkl') for plane in 'XYZ']] for organ in (1, 2)
+    ]
+    assert told['runs'][0]['arguments']['organ_IDs'] == [1, 2]
 
 
 def test_files_of_cases_that_are_no_longer_tested_go(two, call):

@@ -160,6 +160,7 @@ def test_joint_box():
 
 def test_the_figures_are_those_of_results_txt(golden, report):
     _, summary, _ = report(golden)
+    assert summary['revision'] and summary['versions']['numpy'] == np.__version__
     results = summary['runs'][0]['results']
     seen = set()
     for path in sorted(golden.glob('results/*/*/results.txt')):

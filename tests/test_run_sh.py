@@ -298,7 +298,17 @@ def test_a_stage_on_several_gpus_is_started_by_torchrun_with_a_process_for_each(
     assert [arguments[9] for _, script, arguments in found if script == 'coarse_testing.py'] == ['5,6']
 
 
-def test_processes_side_by_side_share_the_cores_unless_the_user_says_how(tmp_path):
+@pytest.mark.parametrize(
+    ('nproc', 'getconf', 'threads'),
+    [('echo 12', 'echo 64', 6), ('exit 127', 'echo 8', 4), ('echo 1', 'echo 64', 1)],
+)
+def test_processes_side_by_side_share_the_cores_unless_the_user_says_how(
+    tmp_path, monkeypatch, nproc, getconf, threads
+):
+    for name, line in (('nproc', nproc), ('getconf', getconf)):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{line}\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
     flags = {
         'DRY_RUN': 1,
         'ENABLE_COARSE_TESTING': 1,
@@ -306,7 +316,6 @@ def test_processes_side_by_side_share_the_cores_unless_the_user_says_how(tmp_pat
         'CURRENT_PLANE': 'Y',
         'CURRENT_GPU': '0,1',
     }
-    threads = max(os.cpu_count() // 2, 1)
     assert run_sh(**flags, OMP_NUM_THREADS='').stdout.splitlines()[1].startswith(f'OMP_NUM_THREADS={threads} ')
     assert 'OMP_NUM_THREADS' not in run_sh(**flags, OMP_NUM_THREADS=3).stdout
 
