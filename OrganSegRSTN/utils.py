@@ -334,13 +334,18 @@ def read_list(path):
 
 
 def read_cases(data_path, kind, fold):
-    """The cases that train or test a fold, in order; ValueError where the two lists do not hold every case once."""
-    other = 'testing' if kind == 'training' else 'training'
-    cases, others = (_read_cases(fold_list(data_path, which, fold)) for which in (kind, other))
-    if sorted(case.number for case in cases + others) != list(range(len(cases + others))):
+    """The cases that train or test a fold, in order; ValueError where its two lists do not hold every case once.
+
+    A list that stands alone, as somebody may write it to test scans of his own, is taken as it is.
+    """
+    path = fold_list(data_path, kind, fold)
+    other = fold_list(data_path, 'testing' if kind == 'training' else 'training', fold)
+    cases = _read_cases(path)
+    numbers = [case.number for case in (cases + _read_cases(other) if other.exists() else [])]
+    if sorted(numbers) != list(range(len(numbers))):
         raise ValueError(
-            f'{fold_list(data_path, kind, fold)}: with {fold_list(data_path, other, fold).name} it does not hold every '
-            'case from 0 once, as if one of them were cut off; run init.py again'
+            f'{path}: with {other.name} it does not hold every case from 0 once, as if one of them were cut off; '
+            'run init.py again'
         )
     return cases
 

@@ -144,3 +144,9 @@ def test_a_testing_list_that_has_lost_a_case_is_named(cases, lost):
     path.write_text(path.read_text().splitlines(keepends=True)[1 - lost])
     with pytest.raises(ValueError, match=r'testing_FD0\.txt: with training_FD0\.txt it does not hold every case'):
         read_cases(cases, 'testing', 0)
+
+
+def test_a_testing_list_that_stands_alone_is_taken_as_it_is(cases):
+    wanted = read_cases(cases, 'testing', 0)
+    fold_list(cases, 'training', 0).unlink()
+    assert read_cases(cases, 'testing', 0) == wanted
