@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 import parallel
 from arguments import uninterrupted, whole
 from claims import check_archive
-from utils import whole_file
+from utils import naming, whole_file
 
 # arguments that another machine, or the next start, may change
 FREE = (
@@ -43,7 +43,7 @@ def add_options(made):
 def logged(path):
     """All that the block prints goes to the file at `path` as well; so does what ends it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'w', encoding='utf-8') as log, contextlib.redirect_stdout(_Both(sys.stdout, log)):
+    with naming(path), open(path, 'w', encoding='utf-8') as log, contextlib.redirect_stdout(_Both(sys.stdout, log)):
         try:
             yield
         except BaseException as error:

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import CODE, coarse2fine_args, fusion_args, run_script, training_args
+from conftest import CODE, coarse2fine_args, fusion_args, pretrain_args, run_script, training_args
 
 from utils import fold_list, load_array, load_volume, read_list, save_volume
 
@@ -172,7 +172,7 @@ def disk(tested):
     """The data folder on a small file system of its own, and how to change that."""
     folder = tested.with_name('disk')
     folder.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=32m', 'none', folder], check=False).returncode:
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64m', 'none', folder], check=False).returncode:
         pytest.skip('a small tmpfs can be mounted by root only')
     try:
         shutil.copytree(tested, folder / 'data')
@@ -205,6 +205,9 @@ ON_DISK = [
     ('coarse_testing.py', training_args, 3),  # room for a volume
     ('coarse2fine_testing.py', coarse2fine_args, 17),
     ('coarse_fusion.py', fusion_args, 2),
+    ('pretrain.py', pretrain_args, 2),
+    ('training.py', training_args, 2),  # room for the log
+    ('training.py', training_args, 0),
     ('init.py', lambda data: [data, 1, 2, -100, 240], 3),
     ('check_data.py', lambda data: [data, 1, -100, 240], 2),
     ('report.py', lambda data: [data], 6),
@@ -217,6 +220,8 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing_half_wri
     if script in ('coarse_fusion.py', 'report.py'):
         for plane in 'XYZ':
             assert call('coarse_testing.py', *training_args(data, plane)).code == 0
+    if script == 'training.py':
+        assert call('pretrain.py', *pretrain_args(data)).code == 0
     if script == 'init.py':  # nothing there that it would replace
         for folder in data.glob('*_[XYZ]'):
             shutil.rmtree(folder)
@@ -232,6 +237,8 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing_half_wri
 def test_a_read_only_disk_is_one_line(disk, call, script, args):
     if script == 'report.py':
         assert call('coarse_testing.py', *training_args(disk.data)).code == 0
+    if script == 'training.py':
+        assert call('pretrain.py', *pretrain_args(disk.data)).code == 0
     disk.allow('ro')
     done = call(script, *args(disk.data))
     disk.allow('rw')
