@@ -45,6 +45,7 @@ def process_group(device, hours=24):
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=hours))
     try:
         yield
+        dist.barrier()  # all leave together: a process that ends while another still talks to it may abort
     except (dist.DistError, RuntimeError) as error:
         if not isinstance(error, dist.DistError) and 'gloo' not in str(error).lower():
             raise
