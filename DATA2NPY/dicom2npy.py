@@ -13,19 +13,12 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from running.arguments import Parser
+from running.script import run
+from scans.converting import case_name, convert_all, existing_folder, only_one, save_scan, speaker
+from scans.dicom import read_series, series_folders
+
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'OrganSegRSTN'))
-from arguments import Parser, run
-from converting import case_name, convert_all, existing_folder, only_one, save_scan, speaker
-from scans import is_slice, read_series
-
-
-def series_folders(raw):
-    """(folder, whether it holds slices), for every folder at and below `raw`, links followed."""
-    seen = set()
-    for folder, below, files in os.walk(raw, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        below[:] = sorted(b for b in below if b[0] != '.' and os.path.realpath(os.path.join(folder, b)) not in seen)
-        yield Path(folder), any(is_slice(Path(folder, name)) for name in sorted(files))
 
 
 def find_series(raw):

@@ -21,8 +21,9 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from scipy import ndimage
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'OrganSegRSTN'))
-from arguments import Parser, run, whole
-from utils import held, naming, whole_file
+from running.arguments import Parser, whole
+from running.files import atomic_write, errors_naming, locked
+from running.script import run
 
 PANCREAS, DUODENUM, STOMACH, LIVER, SPLEEN, RIGHT_KIDNEY, LEFT_KIDNEY, AORTA = range(1, 9)
 FIELD_MM = np.array([316.8, 316.8, 144.0])  # what a volume covers along its rows' axis, columns' axis and slices
@@ -293,13 +294,13 @@ def main():
         if (out / name).exists():
             raise FileExistsError(f'{out / name}: there already; name another folder, or remove this one first')
     unfinished = out / f'.phantom.{os.getpid()}.part'
-    with held(out / '.lock', '.phantom.*.part'), naming(unfinished):
+    with locked(out / '.lock', '.phantom.*.part'), errors_naming(unfinished):
         try:
             for number in range(1, args.cases + 1):
                 write_case(unfinished, number, args)
             for name in ('DOI', LABELS):
                 (unfinished / name).rename(out / name)
-            with whole_file(made, 'w') as file:
+            with atomic_write(made, 'w') as file:
                 file.write(settings)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -21,11 +21,21 @@ from pathlib import Path
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'OrganSegRSTN'))
 import numpy as np
 
-from arguments import Parser, run
-from converting import case_name, convert_all, existing_folder, image_file, only_one, save_array, save_scan, speaker
-from geometry import geometry_file, load_geometry, place_label
-from scans import read_nifti_image, read_nifti_label
-from utils import load_array
+from running.arguments import Parser
+from running.files import load_array
+from running.script import run
+from scans.converting import (
+    case_name,
+    convert_all,
+    existing_folder,
+    image_file,
+    only_one,
+    save_array,
+    save_scan,
+    speaker,
+)
+from scans.geometry import geometry_file, load_geometry, place_label
+from scans.nifti import read_nifti_image, read_nifti_label
 
 IMAGES = ('images', 'imagesTr')
 LABELS = ('TCIA_pancreas_labels*', 'labels', 'labelsTr')

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from slices import Slice
-from utils import is_organ, load_array, read_cases, read_list, slice_list, to_unit
+from running.data_folder import Slice, read_cases, read_list, slice_list
+from running.files import load_array
+from utils import is_organ, to_unit
 
 
 class DataLayer(Dataset):
@@ -103,3 +104,9 @@ def slice_bar(pixels, slice_threshold):
     present = sum(count > 0 for count in pixels)
     last = max(math.floor(present * slice_threshold), 1)
     return max(sorted(pixels)[-last], 1)
+
+
+def load_slices(args, plane):
+    """The training set of a plane."""
+    return DataLayer(args.data_path, args.current_fold, args.organ_number, args.low_range, args.high_range,
+                     args.slice_threshold, args.slice_thickness, args.organ_ID, plane)  # fmt: skip

@@ -5,28 +5,25 @@ or the training would stop at (an error, exit code 1). Writes data_path/check_da
 several organs: of each case the axial slice that shows most of the organ, its contour in red.
 """
 
-import os
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-import arguments
-from init import case_names, check_case
-from nifti import axis_codes, known
-from utils import is_organ, load_array, whole_file
-
-sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'DATA2NPY'))
-from geometry import Geometry, geometry_file, load_geometry
+from running import arguments, script
+from running.data_folder import case_names, check_case
+from running.files import atomic_write, load_array
+from scans.converting import intensity_doubts, outside
+from scans.geometry import Geometry, geometry_file, load_geometry
+from scans.nifti import axis_codes, known
+from utils import is_organ
 
 OUTLIER = 3.5  # robust z-score from which a case stands out (Iglewicz and Hoaglin, 1993)
 CLEARLY = 0.03  # of correlation, that a flip must be better by
 CUT_OFF = 0.25  # share of an organ that the intensity window may clip
 FEWEST = 4  # cases that make a cohort to stand out from
-AIR = -200  # HU that every CT scan falls below somewhere
 
 
 class Organ(NamedTuple):
@@ -132,27 +129,6 @@ def sample(image, window, points=24):
     """(points, points, points) voxels of `image`, evenly spread, clipped to `window`, float32."""
     grid = [((np.arange(points) + 0.5) * n / points).astype(int) for n in image.shape]
     return np.clip(image[np.ix_(*grid)], *window).astype(np.float32)
-
-
-def intensity_doubts(image, low_range, high_range):
-    """What speaks against `image` (any shape) being a CT scan in HU that suits the window: a list of sentences."""
-    low, high = image.min(), image.max()
-    doubts = []
-    if low >= 0 and high <= 255:
-        doubts.append(f'values from {low} to {high}: a picture of 8 bit, not HU')
-    elif low > AIR:
-        doubts.append(
-            f'no value below {AIR} HU, not even air: another modality, clipped, or without its intercept (-1024)'
-        )
-    clipped = outside(image, low_range, high_range)
-    if clipped > 0.97:
-        doubts.append(f'{clipped:.1%} of its voxels lie outside the intensity window, {low_range:g} to {high_range:g}')
-    return doubts
-
-
-def outside(image, low_range, high_range):
-    """Share of voxels that the intensity window clips."""
-    return 1 - np.count_nonzero((image >= low_range) & (image <= high_range)) / image.size
 
 
 def measure(image, mask, geometry, window):
@@ -301,7 +277,7 @@ def contact_sheet(path, cases, organ_ID, args, warnings):
         f'organ {organ_ID}, window {args.low_range:g} to {args.high_range:g} HU, axial slices as stored; orange: has a warning of its own',
         fontsize=10,
     )
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format='png')
     plt.close(figure)
     print(f'written: {path}')
@@ -328,4 +304,4 @@ def draw_tile(axes, case, organ_ID, window, suspicious):
 
 
 if __name__ == '__main__':
-    arguments.run(main)
+    script.run(main)

@@ -9,40 +9,29 @@ import time
 
 import numpy as np
 
-import arguments
-import parallel
-from nifti import add_option, export
-from provenance import begin
-from results import Results, prepare_folder
-from testing import (
-    PlaneTester,
+from running import arguments, processes, script
+from running.data_folder import PLANES, epoch_name, find_snapshot, read_cases, results_folder
+from running.files import load_volume, save_volume
+from running.results import Results, prepare_folder, start
+from scans.nifti import add_option, export
+from utils import DSC_computation
+from volumes.rounds import (
+    AGREEMENTS,
+    agreement,
     coarse_probability,
     fine_rounds,
-    first_alone,
-    require_snapshots,
-    run_settings,
-    share_out,
-    stored,
-    to_bytes,
+    finished,
+    folder_name,
+    probability_file,
+    stored_rounds,
 )
-from utils import (
-    PLANES,
-    DSC_computation,
-    epoch_name,
-    find_snapshot,
-    load_volume,
-    read_cases,
-    results_folder,
-    save_volume,
-)
-
-AGREEMENTS = ('0.90', '0.95', '0.98', '0.99')  # inter-iteration DSC at which a user might stop
+from volumes.testing import PlaneTester, first_alone, require_snapshots, run_settings, share_out, stored, to_bytes
 
 
 def main():
     args = arguments_of()
-    parallel.quiet()
-    device, run = begin(args)
+    processes.quiet()
+    device, run = start(args)
     snapshots = [find_snapshot(args, plane, getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
     coarse, fine = (
         [PlaneTester(args, plane, snapshot, TEST, device) for plane, snapshot in zip(PLANES, snapshots)]
@@ -61,7 +50,7 @@ def main():
         return masks, label
 
     with first_alone(folder, *(coarse_folder(args, tester) for tester in coarse)):
-        if parallel.rank() == 0:
+        if processes.rank() == 0:
             prepare_folders(args, folder, coarse, run_settings(args, tested, snapshots), run)
         if not share_out(tested, masks_and_label):
             return
@@ -94,13 +83,6 @@ def prepare_folders(args, folder, coarse, settings, run):
         prepare_folder(coarse_folder(args, tester), settings | {'snapshots': [checksum]}, run)
 
 
-def folder_name(args, snapshots):
-    """`FD0:XJ3_1,YJ3_1,ZJ3_1:e2682_0.5_0.5,10`."""
-    names = ','.join(name.removeprefix(f'FD{args.current_fold}:').removesuffix('.pkl') for name in snapshots)
-    thresholds = f'{args.coarse_threshold}_{args.fine_threshold}'
-    return f'FD{args.current_fold}:{names}:{epoch_name(args)}_{thresholds},{args.max_rounds}'
-
-
 def case_rounds(args, folder, case, number, shape, coarse, fine):
     """The masks of a case's rounds: those stored, or made and stored here, with P_{case}.npz where that is asked for."""
     masks = stored_rounds(folder, number, shape, args)
@@ -114,37 +96,6 @@ def case_rounds(args, folder, case, number, shape, coarse, fine):
         if args.probability:
             save_volume(probability, to_bytes(score))
     return masks
-
-
-def probability_file(folder, number):
-    """The mean probability of a case's last round."""
-    return folder / 'volumes' / f'P_{number}.npz'
-
-
-def stored_rounds(folder, number, shape, args):
-    """The masks of rounds 0, 1, ... of a case as far as they are stored, and needed."""
-    masks = []
-    for r in range(args.max_rounds + 1):
-        mask = load_volume(folder / 'volumes' / f'R{r}_{number}.npz', shape)
-        if mask is None:
-            break
-        masks.append(mask)
-        if finished(masks, args):
-            break
-    return masks
-
-
-def finished(masks, args):
-    """Whether these are all rounds of a case: max_rounds, or two that agree as --stop_DSC asks."""
-    if args.stop_DSC and len(masks) > 1 and agreement(masks[-2], masks[-1]).value >= args.stop_DSC:
-        return True
-    return len(masks) == args.max_rounds + 1
-
-
-def agreement(before, mask):
-    """Inter-iteration Dice of two rounds; two empty ones agree."""
-    dice = DSC_computation(before, mask)
-    return dice if dice.pred + dice.label else dice._replace(value=1.0)
 
 
 def rounds(args, case, number, coarse, fine):
@@ -201,4 +152,4 @@ def stopped_at(scores, asked):
 
 
 if __name__ == '__main__':
-    arguments.run(main)
+    script.run(main)

@@ -12,37 +12,35 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import arguments
-from provenance import begin_without_network
-from slices import Slice, organ_extents, plane_view, slice_averages
-from utils import (
-    LEFT,
+from running import arguments, script
+from running.data_folder import (
     PLANES,
+    Slice,
+    case_names,
+    check_case,
     fold_list,
-    held,
-    in_training_set,
-    is_organ,
-    load_array,
-    name_fault,
-    naming,
+    organ_extents,
+    slice_averages,
     slice_list,
-    whole_file,
-    write_array,
 )
+from running.files import LEFTOVERS, atomic_write, errors_naming, load_array, locked, write_array
+from running.results import start_without_network
+from utils import in_training_set, is_organ
+from volumes.planes import plane_view
 
-TOGETHER = 32  # slices gathered at a time
+SLICES_AT_ONCE = 32  # slices gathered at a time
 
 
 def main():
     made = arguments.parser(__doc__, 'data_path organ_number folds low_range high_range'.split())
     args = arguments.parse(made)
-    begin_without_network(args, 'initialization')
+    start_without_network(args, 'initialization')
     names = case_names(Path(args.data_path))
     if len(names) < args.folds:
         raise ValueError(f'{args.data_path}: {len(names)} cases cannot be divided into {args.folds} folds')
     records = {plane: [] for plane in PLANES}
     written = ['lists', *(f'{kind}_{plane}' for kind in ('images', 'labels') for plane in PLANES)]
-    with held(Path(args.data_path, '.lock'), '.check_data*.part', *(f'{folder}/{LEFT}' for folder in written)):
+    with locked(Path(args.data_path, '.lock'), '.check_data*.part', *(f'{folder}/{LEFTOVERS}' for folder in written)):
         for former in Path(args.data_path, 'lists').glob('*.txt'):  # a run that is cut off leaves none that lie
             former.unlink()
         with ThreadPoolExecutor(os.cpu_count()) as writers:
@@ -50,23 +48,6 @@ def main():
                 for plane, found in initialize_case(args, number, name, writers).items():
                     records[plane] += found
         write_lists(args, names, records)
-
-
-def case_names(data):
-    """Names of the cases that have both an image and a label, in file order; others are left out with a line."""
-    images, labels = (sorted(file.stem for file in (data / kind).glob('[!.]*.npy')) for kind in ('images', 'labels'))
-    for missing, names in (('label', set(images) - set(labels)), ('image', set(labels) - set(images))):
-        for name in sorted(names):
-            print(f'{name}: left out, it has no {missing}s/{name}.npy')
-    names = [name for name in images if name in labels]
-    if not names:
-        raise FileNotFoundError(f'{data}: no images/*.npy with labels/*.npy of the same name; convert the scans first')
-    for name in names:
-        if fault := name_fault(name):
-            raise ValueError(
-                f'{f"images/{name}.npy"!r}: a case name cannot hold {fault} (lists are divided by white space); rename it'
-            )
-    return names
 
 
 def initialize_case(args, number, name, writers):
@@ -97,23 +78,6 @@ def slice_files(plane, name, j):
     return tuple(f'{kind}_{plane}/{name}/{j:04d}.npy' for kind in ('images', 'labels'))
 
 
-def check_case(name, image, label, organ_number):
-    """The label as whole numbers; ValueError where the two volumes cannot be a case."""
-    if image.ndim != 3 or image.shape != label.shape or not image.size:
-        raise ValueError(
-            f'{name}: image {image.shape} and label {label.shape} are not two volumes (W, H, L) of one shape'
-        )
-    if not np.isfinite(image).all():
-        raise ValueError(f'images/{name}.npy: not all values are finite')
-    if not (np.isfinite(label).all() and np.array_equal(label, np.floor(label)) and label.min() >= 0):
-        raise ValueError(f'labels/{name}.npy: not all values are whole numbers from 0')
-    if label.max() > organ_number:
-        print(
-            f'labels/{name}.npy: holds {label.max():g}, above organ_number {organ_number}: right only for an own is_organ'
-        )
-    return label if label.dtype.kind in 'bui' else label.astype(np.int64)
-
-
 def write_slices(folder, volume, plane):
     """Write the slices of a volume as folder/0000.npy, ...; the folder appears when all are written."""
     part = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
@@ -121,7 +85,7 @@ def write_slices(folder, volume, plane):
     try:
         for j, image in enumerate(contiguous_slices(volume, plane)):
             path = part / f'{j:04d}.npy'
-            with naming(path), open(path, 'wb') as file:
+            with errors_naming(path), open(path, 'wb') as file:
                 write_array(file, image)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
@@ -132,8 +96,8 @@ def write_slices(folder, volume, plane):
 def contiguous_slices(volume, plane):
     """The slices of a plane, each contiguous in memory, gathered some at a time: one by one costs a cache miss a voxel."""
     view = plane_view(volume, plane)
-    for j in range(0, len(view), TOGETHER):
-        yield from np.ascontiguousarray(view[j : j + TOGETHER])
+    for j in range(0, len(view), SLICES_AT_ONCE):
+        yield from np.ascontiguousarray(view[j : j + SLICES_AT_ONCE])
 
 
 def write_lists(args, names, records):
@@ -147,10 +111,10 @@ def write_lists(args, names, records):
                 if in_training_set(len(names), i, args.folds, fold) == (kind == 'training')
             ]
     for path, lines in files.items():
-        with whole_file(path, 'w') as file:
+        with atomic_write(path, 'w') as file:
             file.writelines(f'{line}\n' for line in lines)
     print(f'{len(names)} cases in {args.folds} folds, lists in {Path(args.data_path, "lists")}')
 
 
 if __name__ == '__main__':
-    arguments.run(main)
+    script.run(main)

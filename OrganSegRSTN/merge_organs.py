@@ -11,31 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
-import arguments
-from coarse2fine_testing import finished, folder_name, probability_file, stored_rounds
-from nifti import write_on_scan
-from provenance import begin_without_network
-from results import Results, hold, prepare_folder, read_settings
-from utils import (
-    PLANES,
-    DSC_computation,
-    find_snapshot,
-    load_volume,
-    read_cases,
-    results_folder,
-    snapshot_name,
-    training_settings,
-)
+from running import arguments, script
+from running.data_folder import PLANES, find_snapshot, read_cases, results_folder, snapshot_name, training_settings
+from running.files import load_volume
+from running.results import Results, lock_folders, prepare_folder, read_settings, start_without_network
+from scans.nifti import write_on_scan
+from utils import DSC_computation
+from volumes.rounds import finished, folder_name, probability_file, stored_rounds
 
 
 def main():
     args = arguments.parse(arguments.parser(__doc__, arguments.MERGING, arguments.FUSION_OPTIONAL))
-    made = begin_without_network(args, 'merging')
+    made = start_without_network(args, 'merging')
     tested = {organ: tested_organ(args, organ) for organ in args.organ_IDs}
     cases = read_cases(args.data_path, 'testing', args.current_fold)
     folder = merged_folder(args)
     scores = {organ: [] for organ in tested}
-    with hold(folder), Results(folder) as results:
+    with lock_folders(folder), Results(folder) as results:
         prepare_folder(folder, {'organs': [[organ, tested[organ].snapshots] for organ in tested]}, made)
         for file in [folder / 'results.txt', *folder.glob('*.nii.gz')]:  # of other cases, maybe
             file.unlink(missing_ok=True)
@@ -95,4 +87,4 @@ def merged_folder(args):
 
 
 if __name__ == '__main__':
-    arguments.run(main)
+    script.run(main)

@@ -3,19 +3,18 @@
 State-dict keys and shapes are those of the published snapshots and of the Caffe FCN-8s ported to PyTorch.
 """
 
-import os
-import pickle
 import random
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import parallel
 import ring
-from claims import ForeignCall, check_weights
+from running.weights import check_shapes, load_weights
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
+
+
 OUTSIDE = -9999999.0  # logit of every pixel outside the fine network's box: probability 0
 
 
@@ -237,89 +236,6 @@ def set_precision(model, precision, store=False):
                 for name, layer in net.named_children():
                     if name.startswith(('conv', 'fc')):
                         layer.to(net.dtype)
-
-
-# --- devices and files ---------------------------------------------------------------------------------------------
-
-
-def pick_device(GPU_ID):
-    """The device of a run, said in a line: CUDA device number GPU_ID, or the CPU without CUDA or with `cpu`.
-
-    Of several (`0,1,2,3`, or `cpu,cpu`) each process on a machine takes its own.
-    """
-    os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')  # torch's memory in huge pages: a third less time on a CPU
-    GPU_IDs, rank = GPU_ID.split(','), parallel.local_rank()
-    mine = GPU_IDs[rank] if rank < len(GPU_IDs) else ''
-    if mine == 'cpu' or not torch.cuda.is_available():
-        why = 'as asked' if mine == 'cpu' else f'no CUDA device found, GPU_ID {GPU_ID} is not used'
-        device = torch.device('cpu')
-        print(f'device: {device_name(device)} ({why})', flush=True)
-        return device
-    if not mine.isdigit() or int(mine) >= torch.cuda.device_count():
-        raise ValueError(
-            f'GPU_ID {GPU_ID} holds no CUDA device for process {rank} of this machine; '
-            f'there are {torch.cuda.device_count()}, from 0'
-        )
-    device = torch.device('cuda', int(mine))
-    torch.cuda.set_device(device)
-    print(f'device: {device_name(device)}', flush=True)
-    return device
-
-
-def device_name(device):
-    """`CPU, 2 threads` or `cuda:0, NVIDIA A100`."""
-    if device.type == 'cpu':
-        return f'CPU, {torch.get_num_threads()} threads'
-    return f'{device}, {torch.cuda.get_device_name(device)}'
-
-
-def load_weights(path):
-    """The state dict in a file of any PyTorch since 0.4, on the CPU, without a `module.` prefix; runs no code of it."""
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=check_weights(path) or None)
-    except FileNotFoundError:
-        raise missing_weights(path) from None
-    except (pickle.UnpicklingError, ForeignCall) as error:
-        reason = str(error).split('\n')[0]
-        raise ValueError(f'{path}: refused, since it is not plain weights or is broken ({reason})') from None
-    except PermissionError:
-        raise
-    except Exception as error:  # a truncated file fails in any of a dozen ways, some without a message
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f'{path}: not a readable snapshot ({reason}); download or train it again') from None
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) and v.ndim and v.numel() for k, v in state.items()
-    ):
-        raise ValueError(f'{path}: not a state dict of tensors')
-    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > os.path.getsize(path):
-        raise ValueError(f'{path}: refused, its tensors claim more numbers than the file holds')
-    for key in [key for key in state if key.startswith('module.')]:
-        state[key.removeprefix('module.')] = state.pop(key)
-    return state
-
-
-def missing_weights(path):
-    """The error to raise where a snapshot or other weights are not there."""
-    return FileNotFoundError(
-        f'{path}: no such weights; train them first, or look whether fold, plane, organ, rates, margin and timestamp '
-        'are those of the training'
-    )
-
-
-def check_shapes(path, state, expected):
-    """ValueError where `state` lacks a key of `expected`, or holds it in another shape."""
-    wrong = next((key for key in expected if key not in state or state[key].shape != expected[key].shape), None)
-    if wrong is not None:
-        found = tuple(state[wrong].shape) if wrong in state else 'missing'
-        raise ValueError(f'{path}: {wrong} is {found}, expected {tuple(expected[wrong].shape)}')
-
-
-def trained_on(weights):
-    """{'organ_ID': ..., 'cases': [image file, ...]} that pretrain.py tells with its weights; {} with others."""
-    metadata = getattr(weights, '_metadata', None)
-    told = metadata.get('trained_on') if isinstance(metadata, dict) else None
-    cases = told.get('cases') if isinstance(told, dict) else None
-    return told if isinstance(cases, list) and all(isinstance(case, str) for case in cases) else {}
 
 
 def load_RSTN(path, TEST, thickness, crop_margin, device, precision='fp32'):

@@ -3,9 +3,9 @@
 Reads the volumes of oracle_testing.py on X, Y and Z; writes results/oracle_testing_*/FD0:fusion:*/.
 """
 
-import arguments
-import nifti
-from fusion import fuse
+from running import arguments, script
+from scans import nifti
+from volumes.fusion import fuse
 
 
 def main():
@@ -15,4 +15,4 @@ def main():
 
 
 if __name__ == '__main__':
-    arguments.run(main)
+    script.run(main)

@@ -3,17 +3,17 @@
 Reads the snapshot of mode J and the labels; writes results/oracle_testing_*/SNAPSHOT/results.txt and volumes/EPOCH_CASE.npz, round(255 p) as uint8.
 """
 
-import arguments
-import nifti
-from testing import test_plane
+from running import arguments, script
+from scans import nifti
+from volumes.testing import evaluate_plane
 
 
 def main():
     made = arguments.parser(__doc__, arguments.TESTING, arguments.TESTING_OPTIONAL)
     arguments.add_precision(made)
     nifti.add_option(made)
-    test_plane(arguments.parse(made), 'oracle', 'O')
+    evaluate_plane(arguments.parse(made), 'oracle', 'O')
 
 
 if __name__ == '__main__':
-    arguments.run(main)
+    script.run(main)

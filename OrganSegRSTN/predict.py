@@ -14,7 +14,6 @@ does not say where it lies (no affine, or one of mere spacing) is seen as conver
 import argparse
 import os
 import re
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,19 +22,17 @@ from typing import NamedTuple
 import nibabel.orientations as axes
 import numpy as np
 
-import arguments
-from check_data import intensity_doubts
-from coarse2fine_testing import agreement
-from model import load_RSTN, load_weights
-from nifti import affine_header, axis_codes, grid_header, is_nifti_name, known, write_nifti
-from provenance import begin
-from testing import coarse_probability, fine_rounds, predict_volume, to_bytes
-from utils import PLANES
-
-sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'DATA2NPY'))
-from dicom2npy import series_folders
-from geometry import PUBLISHED, load_geometry
-from scans import is_slice, modality, read_nifti_image, read_series
+from model import load_RSTN
+from running import arguments, script
+from running.data_folder import PLANES
+from running.results import start
+from running.weights import load_weights
+from scans.converting import intensity_doubts
+from scans.dicom import is_slice, modality, read_series, series_folders
+from scans.geometry import PUBLISHED, load_geometry
+from scans.nifti import affine_header, axis_codes, grid_header, is_nifti_name, known, read_nifti_image, write_nifti
+from volumes.rounds import agreement, coarse_probability, fine_rounds
+from volumes.testing import predict_volume, to_bytes
 
 NIH = 'PLI'
 STORED = 'stored'
@@ -44,7 +41,7 @@ SNAPSHOT = re.compile(r'FD\d+.(?P<plane>[XYZ])(?P<mode>[SIJ])[13]_(?P<organ>\d+)
 
 def main():
     args = parse()
-    device, _ = begin(args)
+    device, _ = start(args)
     check_outputs(args)
     snapshots = [split_snapshots(getattr(args, f'SNAPSHOT_{plane}')) for plane in PLANES]
     thickness = check_snapshots(snapshots, args.force)
@@ -293,4 +290,4 @@ def print_volume(mask, geometry):
 
 
 if __name__ == '__main__':
-    arguments.run(main)
+    script.run(main)

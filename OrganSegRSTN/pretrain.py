@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import ConcatDataset
 
-import arguments
-import resuming
-from model import FCN8s, bounding_box, crop, load_weights, set_precision
-from provenance import begin
-from training import list_checksums, load_slices, seed_everything
-from utils import PLANES, held, pretrained_folder, pretrained_name, read_cases, whole_file
+from Data import load_slices
+from model import FCN8s, bounding_box, crop, set_precision
+from running import arguments, checkpoint, script
+from running.checkpoint import list_checksums, seed_everything
+from running.data_folder import PLANES, pretrained_folder, pretrained_name, read_cases
+from running.files import atomic_write, locked
+from running.results import start
+from running.weights import load_weights
 
 POSITIONALS = [*arguments.TRAINING[:8], 'GPU_ID', 'epochs']
 VGG16_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # where they stand in torchvision's `features`
@@ -35,23 +37,23 @@ def main():
     made.add_argument('--convert', metavar='FILE', help='convert these weights instead of training')
     made.add_argument('--crop_margin', type=arguments.whole(0), default=20, help='as in training.py (default 20)')
     arguments.add_training(made)
-    resuming.add_options(made)
+    checkpoint.add_options(made)
     args = arguments.parse(made)
-    device, _ = begin(args)
+    device, _ = start(args)
     if args.convert:
         name, state = convert(load_weights(args.convert), args.convert)
         write(pretrained_folder(args) / name, state)
         return
     path = pretrained_folder(args) / pretrained_name(args)
-    run = resuming.Run(path.with_suffix('.ckpt'), args, **list_checksums(args, PLANES))
-    with held(path.with_name(f'.{path.stem}.lock'), f'.{path.stem}.*.part'):
+    run = checkpoint.Run(path.with_suffix('.ckpt'), args, **list_checksums(args, PLANES))
+    with locked(path.with_name(f'.{path.stem}.lock'), f'.{path.stem}.*.part'):
         write(path, pretrain(args, run, device))
         run.path.unlink(missing_ok=True)
 
 
 def write(path, state):
     """Save the weights; the file appears when it is complete."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         torch.save(state, file)
     print(f'written: {path}')
 
@@ -152,4 +154,4 @@ def pretrain_step(model, optimizer, image, label):
 
 
 if __name__ == '__main__':
-    arguments.run(main)
+    script.run(main)

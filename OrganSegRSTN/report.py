@@ -16,14 +16,13 @@ from pathlib import Path
 
 import jinja2
 
-import arguments
-from claims import read_json
-from measures import TOLERANCE
-from provenance import code
-from report_data import AGREEMENTS, Source, read_logs, read_results
-from report_pictures import COLOURS, COLUMNS, draw_losses, write_chart
-from report_runs import DISTANCES, RunReport
-from utils import held, naming
+from reporting.data import AGREEMENTS, Source, read_logs, read_results
+from reporting.measures import TOLERANCE
+from reporting.pictures import COLOURS, COLUMNS, draw_losses, write_chart
+from reporting.runs import DISTANCES, RunReport
+from running import arguments, script
+from running.files import errors_naming, locked, read_json
+from running.results import code
 
 FIGURES = ('mean', 'std', 'min', 'max')
 
@@ -68,7 +67,7 @@ def arguments_of():
 def fresh_folder(path):
     """A new folder that takes the place of `path` when it is complete."""
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    with held(path.with_name(f'.{path.name}.lock'), f'.{path.name}.*.part'), naming(path):
+    with locked(path.with_name(f'.{path.name}.lock'), f'.{path.name}.*.part'), errors_naming(path):
         part.mkdir()
         try:
             yield part
@@ -215,17 +214,17 @@ def coverage(figures):
 
 
 def render(**content):
-    """The page, from report.html beside this file; all text in it is escaped."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    """The page, from reporting/page.html; all text in it is escaped."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / 'reporting')
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {'percent': percent, 'number': number, 'volume': volume, 'coverage': coverage}
     environment.globals |= {'referred': functools.partial(reference_figures, content['reference'])}
-    return environment.get_template('report.html').render(
+    return environment.get_template('page.html').render(
         content, colours=COLOURS, columns=COLUMNS, tolerance=TOLERANCE, agreement=AGREEMENTS[-1]
     )
 
 
 if __name__ == '__main__':
-    arguments.run(main)
+    script.run(main)

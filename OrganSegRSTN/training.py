@@ -7,33 +7,25 @@ snapshot models/snapshots/SIJ_training_*/FD0:ZJ3_1_TIMESTAMP.pkl, and its output
 import contextlib
 import math
 import os
-import random
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import arguments
-import parallel
-import resuming
-from Data import DataLayer
-from model import RSTN, DSC_loss, FCN8s, check_shapes, get_parameters, load_weights, set_precision, trained_on
-from provenance import begin
-from results import checksum
-from utils import (
+from Data import load_slices
+from model import RSTN, DSC_loss, FCN8s, get_parameters, set_precision
+from running import arguments, checkpoint, processes, script
+from running.checkpoint import list_checksums, seed_everything
+from running.data_folder import (
+    GOOD_LOSS,
+    MODES,
     find_pretrained,
-    fold_list,
-    held,
     read_cases,
-    read_list,
-    slice_list,
     snapshot_folder,
     snapshot_name,
-    whole_file,
 )
-
-MODES = 'SIJ'
-GOOD_LOSS = {'S': 0.3, 'I': 0.2, 'J': 0.15}  # mean Avg loss that the published README asks for
+from running.files import atomic_write, locked
+from running.results import start
+from running.weights import check_shapes, load_weights, trained_on
 
 
 def main(wrap=lambda model, device: model):
@@ -45,10 +37,10 @@ def main(wrap=lambda model, device: model):
     made.add_argument('--fine_iterations', type=arguments.whole(1), default=1, metavar='T',
                       help="fine steps a sample in I and J, the paper's T (default 1)")  # fmt: skip
     arguments.add_training(made)
-    resuming.add_options(made)
+    checkpoint.add_options(made)
     args = arguments.parse(made)
-    parallel.quiet()
-    run = resuming.Run(checkpoint_path(args), args, **list_checksums(args, args.plane))
+    processes.quiet()
+    run = checkpoint.Run(checkpoint_path(args), args, **list_checksums(args, args.plane))
     with lock(args):
         state = run.load() if args.resume else None
         if state and state['finished']:
@@ -56,9 +48,9 @@ def main(wrap=lambda model, device: model):
                 print(f'finished before: {run.path}')
                 return
             state = None
-        with resuming.logged(log_path(args)):
-            device, _ = begin(args)
-            with parallel.process_group(device, hours=0.5):
+        with checkpoint.logged(log_path(args)):
+            device, _ = start(args)
+            with processes.process_group(device, hours=0.5):
                 train(args, run, state, device, wrap)
 
 
@@ -66,13 +58,13 @@ def train(args, run, state, device, wrap):
     """Modes S, I and J in turn, from where the checkpoint's `state` stands, or (None) from the start."""
     seed_everything(args.seed)
     slices = load_slices(args, args.plane)
-    if len(slices) < parallel.world_size():
-        raise ValueError(f'{len(slices)} slices to train on are too few for {parallel.world_size()} processes')
+    if len(slices) < processes.world_size():
+        raise ValueError(f'{len(slices)} slices to train on are too few for {processes.world_size()} processes')
     if state:
         model = new_model(args, width=len(state['parts']['model']['coarse_model.conv1_1.weight']))
     else:
         run.path.unlink(missing_ok=True)  # of a training that this one takes the place of
-        run.log(f'{args.current_fold}{args.plane} {len(slices) // parallel.world_size()}')
+        run.log(f'{args.current_fold}{args.plane} {len(slices) // processes.world_size()}')
         model = starting_model(args, run)
     model = model.to(device).train()
     set_precision(model, args.precision)
@@ -84,7 +76,7 @@ def train(args, run, state, device, wrap):
         for mode, epoch in run.epochs(schedule(args)):
             train_epoch(args, run, mode, epoch, wrapped, optimizer, slices, device)
             end_epoch(args, run, mode, epoch, model, optimizer)
-    except arguments.Terminated:
+    except script.Terminated:
         raise
     except KeyboardInterrupt:
         save_snapshot(args, mode, model)
@@ -116,37 +108,15 @@ def checkpoint_path(args):
 def log_path(args):
     """Where the log is kept; of several processes rank 0 has one."""
     name = snapshot_name(args, args.plane, '', args.timestamp)
-    return Path(os.devnull) if parallel.rank() else Path(args.data_path, 'logs', name).with_suffix('.txt')
+    return Path(os.devnull) if processes.rank() else Path(args.data_path, 'logs', name).with_suffix('.txt')
 
 
 def lock(args):
     """Hold the names of this training's snapshots; of several processes rank 0 does."""
     path = checkpoint_path(args)
-    if parallel.rank():
+    if processes.rank():
         return contextlib.nullcontext()
-    return held(path.with_name(f'.{path.stem}.lock'), f'.{snapshot_path(args, "*").stem}.*.part')
-
-
-def list_checksums(args, planes):
-    """{list: checksum}, what of the data a checkpoint must agree on: the slices of these planes, and the fold."""
-    files = [slice_list(args.data_path, plane) for plane in planes]
-    files.append(fold_list(args.data_path, 'training', args.current_fold))
-    return {file.name: (checksum(file) or read_list(file))[:12] for file in files}  # read_list says what is missing
-
-
-def seed_everything(seed):
-    """Seed every source of random numbers that training uses, each rank's its own; None leaves them as they are."""
-    if seed is not None:
-        seed += parallel.rank()
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-
-
-def load_slices(args, plane):
-    """The training set of a plane."""
-    return DataLayer(args.data_path, args.current_fold, args.organ_number, args.low_range, args.high_range,
-                     args.slice_threshold, args.slice_thickness, args.organ_ID, plane)  # fmt: skip
+    return locked(path.with_name(f'.{path.stem}.lock'), f'.{snapshot_path(args, "*").stem}.*.part')
 
 
 def new_model(args, width):
@@ -219,7 +189,7 @@ def train_epoch(args, run, mode, epoch, model, optimizer, slices, device):
     name = f'{args.current_fold}{args.plane}{mode} Epoch[{epoch + 1}/{epochs(args, mode)}]'
     for index, (image, label) in run.steps(slices):
         step = train_step(model, optimizer, mode, image.to(device), label.to(device))
-        coarse, fine, avg = parallel.mean(step, device)
+        coarse, fine, avg = processes.mean(step, device)
         run.losses.add((coarse, fine, avg))
         if not math.isfinite(avg):
             raise ValueError(f'{name}, Iter[{index:05d}]: the loss is {avg}; start again with a lower learning rate')
@@ -260,8 +230,8 @@ def train_step(model, optimizer, mode, image, label):
 
 def save_snapshot(args, mode, model):
     """Save the state dict; the file appears when it is complete. Of several processes rank 0 does."""
-    if parallel.rank() == 0:
-        with whole_file(snapshot_path(args, mode)) as file:
+    if processes.rank() == 0:
+        with atomic_write(snapshot_path(args, mode)) as file:
             torch.save(model.state_dict(), file)
 
 
@@ -273,4 +243,4 @@ def convergence(mode, avg):
 
 
 if __name__ == '__main__':
-    arguments.run(main)
+    script.run(main)

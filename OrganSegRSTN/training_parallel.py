@@ -11,14 +11,13 @@ mean losses and saves. An incomplete last batch is dropped.
 
 from torch.nn.parallel import DistributedDataParallel
 
-import arguments
-import parallel
 import training
+from running import processes, script
 
 
 def distribute(model, device):
     """The model, whose gradients are averaged over all processes in every step."""
-    if parallel.world_size() == 1:
+    if processes.world_size() == 1:
         print('one process: torchrun starts several, see --help')
         return model
     # the saliency layers have no gradient in mode S
@@ -31,4 +30,4 @@ def distribute(model, device):
 
 
 if __name__ == '__main__':
-    arguments.run(lambda: training.main(distribute))
+    script.run(lambda: training.main(distribute))

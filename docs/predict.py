@@ -15,10 +15,10 @@ import nibabel as nib
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'OrganSegRSTN'))
-from measures import joint_box
 from predict import read_input
-from report_pictures import anatomy, upright
-from utils import PLANES
+from reporting.measures import joint_box
+from reporting.pictures import anatomy, upright
+from running.data_folder import PLANES
 
 COLOUR = '#ff3860'
 VIEWS = ('sagittal', 'coronal', 'axial')

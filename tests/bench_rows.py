@@ -28,9 +28,9 @@ sys.path.insert(0, str(REPO / 'OrganSegRSTN'))
 import init  # noqa: E402
 import ring  # noqa: E402
 from model import RSTN, FCN8s, set_precision  # noqa: E402
-from slices import plane_view  # noqa: E402
 from training import make_optimizer, train_step  # noqa: E402
 from utils import DSC_computation, _post_processing_scipy, post_processing  # noqa: E402
+from volumes.planes import plane_view  # noqa: E402
 
 FULL = SimpleNamespace(width=64, window=512, crop=96, volume=(512, 512, 240), product=4096)
 QUICK = SimpleNamespace(width=4, window=48, crop=24, volume=(40, 32, 16), product=128)

@@ -45,7 +45,7 @@ class Hang(BaseException):
 def dicom(folder, syntax=None):
     from test_conversion import make_slices
 
-    from scans import read_series
+    from scans.dicom import read_series
 
     slices = make_slices(np.random.default_rng(0).integers(-1000, 1000, (6, 5, 2)).astype(np.int16))
     for i, s in enumerate(slices):
@@ -65,7 +65,7 @@ def dicom_sample(folder, name):
     """A compressed slice that pydicom ships."""
     from pydicom.data import get_testdata_file
 
-    from scans import read_series
+    from scans.dicom import read_series
 
     path = folder / '1.dcm'
     path.write_bytes(Path(get_testdata_file(name, download=False)).read_bytes())
@@ -81,7 +81,7 @@ def dicom_jpeg_ls(folder):
 
 
 def list_of_cases(folder):
-    from utils import fold_list, read_cases
+    from running.data_folder import fold_list, read_cases
 
     path = fold_list(folder, 'testing', 0)
     path.parent.mkdir()
@@ -101,14 +101,14 @@ def list_of_slices(folder):
 
 
 def npy(folder):
-    from utils import load_array
+    from running.files import load_array
 
     np.save(folder / 'a.npy', np.arange(24, dtype=np.int16).reshape(2, 3, 4))
     return folder / 'a.npy', load_array
 
 
 def npz(folder):
-    from utils import read_volume, save_volume
+    from running.files import read_volume, save_volume
 
     save_volume(folder / 'a.npz', np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
     return folder / 'a.npz', lambda path: read_volume(path, (2, 3, 4))
@@ -117,7 +117,7 @@ def npz(folder):
 def nifti(folder):
     from test_conversion import write_nifti
 
-    from scans import read_nifti_image
+    from scans.nifti import read_nifti_image
 
     write_nifti(folder / 'a.nii', np.arange(24, dtype=np.int16).reshape(2, 3, 4))
     return folder / 'a.nii', lambda path: read_nifti_image(path, lambda note: None)
@@ -126,21 +126,21 @@ def nifti(folder):
 def nifti_gz(folder):
     from test_conversion import write_nifti
 
-    from scans import read_nifti_label
+    from scans.nifti import read_nifti_label
 
     write_nifti(folder / 'a.nii.gz', np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
     return folder / 'a.nii.gz', read_nifti_label
 
 
 def geometry(folder):
-    from geometry import Geometry, load_geometry, save_geometry
+    from scans.geometry import Geometry, load_geometry, save_geometry
 
     save_geometry(folder / 'a.json', Geometry(np.diag([1.5, 2, 3, 1]), 'position', 'a', 'NIfTI'))
     return folder / 'a.json', load_geometry
 
 
 def settings(folder):
-    from results import read_settings
+    from running.results import read_settings
 
     (folder / 'run.json').write_text(json.dumps({'window': [-100, 240], 'snapshots': ['0a'], 'cases': [[['a', 'b']]]}))
     return folder / 'run.json', read_settings
@@ -149,7 +149,7 @@ def settings(folder):
 def weights(folder, legacy=False):
     import torch
 
-    from model import load_weights
+    from running.weights import load_weights
 
     state = {f'layer{i}.weight': torch.arange(6.0).reshape(2, 3) for i in range(3)}
     torch.save(state, folder / 'a.pkl', _use_new_zipfile_serialization=not legacy)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import CODE, REPO, coarse2fine_args, fusion_args, merge_args, pretrain_args, run_script, training_args
 
-import arguments
+from running import arguments, script
 
-SCRIPTS = sorted(path.name for path in CODE.glob('*.py') if 'arguments.run(main)' in path.read_text())
+SCRIPTS = sorted(path.name for path in CODE.glob('*.py') if 'script.run(main)' in path.read_text())
 INIT = ['data', 1, 4, -100, 240]
 COMMANDS = {
     'init.py': INIT,
@@ -182,13 +182,13 @@ def test_nothing_compiled_or_wrapped_is_committed():
 SWALLOWED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import arguments
+from running import script
 def main():
     try:
         os.kill(os.getpid(), signal.Signals[sys.argv[2]])
     except KeyboardInterrupt:
         raise TypeError('as numpy makes of it')
-arguments.run(main)
+script.run(main)
 """
 
 
@@ -199,19 +199,19 @@ def test_a_signal_that_a_library_makes_another_error_of_ends_as_a_signal_does(na
 
 
 def test_the_first_signal_waits_for_the_end_of_a_block_and_the_second_does_not():
-    signal.signal(signal.SIGTERM, arguments._Signals.answer)
+    signal.signal(signal.SIGTERM, script._Signals.answer)
     try:
         done = []
-        with pytest.raises(arguments.Terminated), arguments.uninterrupted() as signalled:
+        with pytest.raises(script.Terminated), script.uninterrupted() as signalled:
             assert signalled() is None
             os.kill(os.getpid(), signal.SIGTERM)
-            assert signalled() is arguments.Terminated
+            assert signalled() is script.Terminated
             done.append('first')
-        with pytest.raises(arguments.Terminated), arguments.uninterrupted():
+        with pytest.raises(script.Terminated), script.uninterrupted():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
             done.append('second')
         assert done == ['first']
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        arguments._Signals.raised = None
+        script._Signals.raised = None

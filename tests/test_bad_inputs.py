@@ -22,7 +22,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 from test_conversion import change, change_all, cut, drop, make_slices, random_volume, write_nifti, write_slices
 from test_run_sh import run_sh
 
-from utils import save_volume
+from running.files import save_volume
 
 DICOM2NPY, NII2NPY = '../DATA2NPY/dicom2npy.py', '../DATA2NPY/nii2npy.py'
 BOMB = 300 << 20  # bytes that some hundred kB unpack to
@@ -669,7 +669,7 @@ def test_a_bad_start(what, data, call):
 
 @pytest.mark.parametrize('told', ['words', {'organ_ID': 1}, {'cases': [[]]}, {'cases': 5}])
 def test_what_a_start_tells_of_itself_may_be_anything(told, data):
-    from model import load_weights, trained_on
+    from running.weights import load_weights, trained_on
 
     state = torch.nn.Linear(2, 2).state_dict()
     state._metadata['trained_on'] = told

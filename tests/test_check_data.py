@@ -9,9 +9,10 @@ import pytest
 from conftest import Ran, run_script, write_case
 from matplotlib.image import imread
 
-import arguments
 import check_data
-from check_data import intensity_doubts, robust_z
+from check_data import robust_z
+from running import script
+from scans.converting import intensity_doubts
 
 CASES = [f'{i:04d}' for i in range(1, 8)]
 PLI = [[0, -2.0, 0, 30], [-2.0, 0, 0, 40], [0, 0, -5.0, 100], [0, 0, 0, 1]]
@@ -58,7 +59,7 @@ def check(capsys, monkeypatch):
         monkeypatch.setattr(sys, 'argv', ['check_data.py', str(data), str(organs), '-100', '240'])
         monkeypatch.setattr(check_data, 'contact_sheet', lambda path, *_: print(f'written: {path}'))
         with pytest.raises(SystemExit) as end:
-            arguments.run(check_data.main)
+            script.run(check_data.main)
         out, err = capsys.readouterr()
         return Ran(*((1, out, end.value.code) if isinstance(end.value.code, str) else (end.value.code or 0, out, err)))
 

@@ -16,7 +16,7 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, generate_uid
 
-from converting import convert_all
+from scans.converting import convert_all
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get('RSTN_SHARED', REPO.parent / 'shared'))

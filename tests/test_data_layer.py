@@ -7,7 +7,7 @@ import pytest
 from conftest import write_case
 
 from Data import DataLayer, slice_bar
-from utils import fold_list, read_cases
+from running.data_folder import fold_list, read_cases
 
 PIXELS = [0, 0, 5, 9, 2, 0, 7, 3, 8, 1]  # 7 slices with the organ
 

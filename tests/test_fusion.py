@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-import fusion
 import utils
-from results import Results
+from running.results import Results
 from utils import Dice, DSC_computation, post_processing
+from volumes import fusion
 
 
 @pytest.fixture(params=['fast_functions', 'scipy'])

@@ -13,9 +13,9 @@ from conftest import run_script
 from golden_case import GOLDEN, TIMESTAMP, write_snapshots, write_volumes
 
 from model import RSTN
-from slices import slice_window
 from training import make_optimizer, train_step
 from utils import to_unit
+from volumes.planes import slice_window
 
 BEGIN = [0, 1, -100, 240, 0.98, 3, 1]  # current_fold ... organ_ID
 RATES = ['1e-5', 10, '1e-5', 10, 20]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import SHAPES, write_case
 
-from slices import Slice
-from utils import fold_list, in_training_set, read_cases, read_list
+from running.data_folder import Slice, fold_list, read_cases, read_list
+from utils import in_training_set
 
 
 def cases_a_fold(total, folds):

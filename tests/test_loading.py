@@ -13,9 +13,18 @@ import pytest
 import torch
 from conftest import CODE, settings, tiny_weights
 
-import utils
-from model import load_RSTN, load_weights
-from utils import epoch_name, find_pretrained, find_snapshot, held, results_folder, snapshot_folder, snapshot_name
+from model import load_RSTN
+from running import files
+from running.data_folder import (
+    epoch_name,
+    find_pretrained,
+    find_snapshot,
+    results_folder,
+    snapshot_folder,
+    snapshot_name,
+)
+from running.files import locked
+from running.weights import load_weights
 
 CPU = torch.device('cpu')
 STAMP = '20261123_000000'
@@ -251,8 +260,8 @@ def test_training_starts_from_the_first_there_is(tmp_path):
 HOLDER = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from utils import held
-with held(sys.argv[2], '*.part'):
+from running.files import locked
+with locked(sys.argv[2], '*.part'):
     print('held', flush=True)
     time.sleep(60)
 """
@@ -264,7 +273,7 @@ def test_a_second_run_is_told_who_holds_a_folder_and_a_killed_one_holds_nothing(
     assert holder.stdout.readline() == 'held\n'
     with (
         pytest.raises(ValueError, match=rf'{lock.parent}: in use by process {holder.pid} on .+; wait until'),
-        held(lock, '*.part'),
+        locked(lock, '*.part'),
     ):
         pass
     assert lock.exists()
@@ -272,7 +281,7 @@ def test_a_second_run_is_told_who_holds_a_folder_and_a_killed_one_holds_nothing(
     holder.wait()
     left = lock.with_name('.volume.npz.1.part')
     left.write_bytes(b'half')
-    with held(lock, '.*.part'):
+    with locked(lock, '.*.part'):
         assert str(os.getpid()) in lock.read_text()
         assert not left.exists()
     assert list(lock.parent.iterdir()) == []
@@ -286,10 +295,10 @@ def test_on_a_file_system_without_locks_a_run_goes_on_and_says_once_that_it_is_n
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, 'flock', flock)
-    utils._say_unlocked.cache_clear()
+    files._warn_unlocked.cache_clear()
     others = tmp_path / '.volume.npz.1.part'
     others.write_bytes(b'half, maybe of a run that is at work')
-    with held(tmp_path / '.lock', '.*.part'), held(tmp_path / '.other', '.*.part'):
+    with locked(tmp_path / '.lock', '.*.part'), locked(tmp_path / '.other', '.*.part'):
         assert others.exists()
     assert list(tmp_path.iterdir()) == [others]
     assert capsys.readouterr().out.count('this file system has no locks') == 1
@@ -300,5 +309,5 @@ def test_another_error_of_a_lock_is_no_lack_of_locks(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(fcntl, 'flock', flock)
-    with pytest.raises(OSError, match='Input/output error'), held(tmp_path / '.lock'):
+    with pytest.raises(OSError, match='Input/output error'), locked(tmp_path / '.lock'):
         pass

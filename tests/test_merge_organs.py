@@ -10,9 +10,9 @@ import torch
 from conftest import FOLDER, coarse2fine_args, merge_args, tiny_weights
 
 import merge_organs
-import nifti
-from results import checksum
-from utils import load_volume
+from running.files import load_volume
+from running.results import checksum
+from scans import nifti
 
 FINE = 'results/coarse2fine_testing_1e-5x10,4'
 AFFINE = np.array([[0, -2.0, 0, 30], [-3.0, 0, 0, 40], [0, 0, -5.0, 100], [0, 0, 0, 1]])

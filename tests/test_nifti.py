@@ -7,9 +7,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import nifti
-from geometry import Geometry
-from utils import Case
+from running.data_folder import Case
+from scans import nifti
+from scans.geometry import Geometry
 
 AFFINE = np.array([[0, -2.0, 0, 30.5], [-3.0, 0, 0, 40], [0, 0, -5.0, 100.25], [0, 0, 0, 1]])
 MASK = np.zeros((3, 4, 5), bool)

@@ -12,9 +12,11 @@ import pytest
 import torch
 from conftest import CODE, FOLDER, pretrain_args, run_script, settings, training_args
 
-from model import load_weights, pick_device
-from resuming import Run, random_states, set_random_states
-from training import DSC_loss, load_slices, make_optimizer, seed_everything, starting_model
+from Data import load_slices
+from running.checkpoint import Run, random_states, seed_everything, set_random_states
+from running.processes import pick_device
+from running.weights import load_weights
+from training import DSC_loss, make_optimizer, starting_model
 
 SNAPSHOTS = f'models/snapshots/{FOLDER}'
 EPOCHS = (1, 1, 1, 1)

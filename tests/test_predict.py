@@ -13,8 +13,8 @@ from conftest import coarse2fine_args, run_script, tiny_weights
 from test_conversion import make_slices, write_slices
 
 import predict
-from testing import coarse_probability
-from utils import load_volume
+from running.files import load_volume
+from volumes.rounds import coarse_probability
 
 PLI = np.array(
     [[0, -2.0, 0, 30], [-3.0, 0, 0, 40], [0, 0, -5.0, 100], [0, 0, 0, 1]]

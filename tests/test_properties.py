@@ -13,8 +13,10 @@ from scipy import ndimage
 import utils
 from Data import slice_bar
 from model import bounding_box, crop, uncrop, union
-from slices import Slice, SliceAverage, organ_extents, plane_view, slice_averages, slice_window
-from utils import Case, DSC_computation, fold_list, in_training_set, name_fault, post_processing, read_cases, to_unit
+from running import files
+from running.data_folder import Case, Slice, fold_list, name_fault, organ_extents, read_cases, slice_averages
+from utils import DSC_computation, in_training_set, post_processing, to_unit
+from volumes.planes import SliceAverage, plane_view, slice_window
 
 quick = examples(max_examples=60, deadline=None)
 COUNTS = st.integers(0, 10**9)
@@ -57,7 +59,7 @@ def test_cases_are_read_back_from_their_lists(tmp_path_factory, names, start, te
     cases = [Case(i, f'images/{image}.npy', f'labels/{label}.npy') for i, (image, label) in enumerate(names)]
     fold = {'testing': cases[start : start + tested], 'training': cases[:start] + cases[start + tested :]}
     for kind, expected in fold.items():
-        with utils.whole_file(fold_list(data, kind, 0), 'w') as file:
+        with files.atomic_write(fold_list(data, kind, 0), 'w') as file:
             file.writelines(f'{" ".join(map(str, case))}\n' for case in expected)
     for kind, expected in fold.items():
         assert read_cases(data, kind, 0) == expected

@@ -12,16 +12,13 @@ import pytest
 import surface_distance
 from conftest import write_case
 
-import coarse2fine_testing
-import report_data
-import training
-from geometry import Geometry, geometry_file, save_geometry
-from measures import Surfaces, compare_surfaces, joint_box, spread
 from report import checked_figures, number, percent, read_reference
-from report_data import parse_log
-from report_pictures import anatomy, chosen_slices, contour_path, remarks, thinned, upright
-from report_runs import title
-from utils import save_volume
+from reporting.data import parse_log
+from reporting.measures import Surfaces, compare_surfaces, joint_box, spread
+from reporting.pictures import anatomy, chosen_slices, contour_path, remarks, thinned, upright
+from reporting.runs import title
+from running.files import save_volume
+from scans.geometry import Geometry, geometry_file, save_geometry
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning:surface_distance')  # of scipy's old names
 
@@ -297,11 +294,6 @@ def test_titles():
 def test_numbers_as_papers_print_them():
     assert (percent(0.84619), percent(1), percent(math.nan), percent(None)) == ('84.62', '100.00', '–', '–')
     assert (number(3.14159), number(math.inf), number(math.nan), number(None)) == ('3.14', '∞', '–', '–')
-
-
-def test_what_training_and_testing_ask_for_is_the_same_here():
-    assert report_data.CONVERGED == training.GOOD_LOSS
-    assert report_data.AGREEMENTS == coarse2fine_testing.AGREEMENTS
 
 
 # --- logs ----------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import CODE, FOLDER, pretrain_args, run_script, training_args
 
-from model import load_weights
-from resuming import Losses
+from running.checkpoint import Losses
+from running.weights import load_weights
 
 SNAPSHOTS = f'models/snapshots/{FOLDER}'
 LOG = 'logs/FD0:Z3_1.txt'

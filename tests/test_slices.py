@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from slices import Slice, SliceAverage, organ_extents, plane_view, slice_averages, slice_window
+from running.data_folder import Slice, organ_extents, slice_averages
 from utils import to_unit
+from volumes.planes import SliceAverage, plane_view, slice_window
 
 VOLUME = np.arange(2 * 3 * 4).reshape(2, 3, 4)  # (W, H, L); VOLUME[w, h, l] == 12 w + 4 h + l
 

@@ -14,8 +14,10 @@ from conftest import FOLDER, coarse2fine_args, fusion_args, run_script, tiny_wei
 
 import coarse2fine_testing
 from model import RSTN
-from testing import fine_rounds, predict_volume, to_bytes
-from utils import DSC_computation, read_cases
+from running.data_folder import read_cases
+from utils import DSC_computation
+from volumes.rounds import fine_rounds
+from volumes.testing import predict_volume, to_bytes
 
 CPU = torch.device('cpu')
 COARSE = 'results/coarse_testing_1e-5x10,4'
@@ -73,7 +75,7 @@ def test_every_window_is_seen_clipped_and_scaled_and_averaged_back():
 
 def test_coarse_windows_go_in_batches_of_so_many_pixels_and_marked_ones_singly(monkeypatch):
     image, label = np.arange(5 * 2 * 3).reshape(2, 3, 5), np.ones((2, 3, 5), bool)
-    monkeypatch.setattr('testing.TOGETHER', 13)  # two slices of 2 x 3 pixels
+    monkeypatch.setattr('volumes.testing.PIXELS_AT_ONCE', 13)  # two slices of 2 x 3 pixels
     for marks, batches in (({}, [2, 2, 1]), ({'label': label}, [1] * 5)):
         net = Recorder()
         found = predict_volume(net, image, 'Z', (0, 30), 3, CPU, **marks)

@@ -15,8 +15,9 @@ from conftest import CODE, FOLDER, pretrain_args, run_script, settings, training
 
 import pretrain
 import training
-from model import RSTN, FCN8s, load_RSTN, load_weights
-from resuming import Run
+from model import RSTN, FCN8s, load_RSTN
+from running.checkpoint import Run
+from running.weights import load_weights
 from training import end_epoch, make_optimizer, starting_model, train_epoch
 
 CPU = torch.device('cpu')

@@ -1,64 +1,39 @@
-"""Read a scan into the array that the pipeline stores: a folder of DICOM slices, or a NIfTI file.
+"""scans.dicom."""
 
-What cannot be read faithfully is a ValueError or OSError that names the file; nothing is written here.
-"""
-
-import contextlib
 import logging
-import math
 import os
 import struct
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 import pydicom
 from pydicom.encaps import generate_frames
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless, UID_dictionary
 
-from claims import MOST_VOXELS
-from geometry import Geometry, lays_out, nifti_geometry, nifti_header
+from running.files import MOST_VOXELS
+from scans.geometry import DEFLATE_AT_BEST, Geometry, Scan, lays_out, stack_slices
 
-DEFLATE_AT_BEST = 1100  # no gzip file grows by more when it is unpacked, and no compressed slice of a scan does
 START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers of JPEG and JPEG-LS
+
+
 MOST_PIXELS = 2**26  # of one slice
-FARTHEST = 1 << 24  # bytes that a NIfTI file may hold before its array
+
+
 TILT = np.sin(np.radians(0.5))  # between the slices' normal and the way from slice to slice
+
+
 UNEVEN = 0.1  # of the spacing, that a gap between slices may differ from it
 
+
 logging.getLogger('pydicom').setLevel(logging.CRITICAL)  # what it logs and warns of, an error here tells in one line
+
+
 logging.getLogger('nibabel').setLevel(logging.CRITICAL)
+
+
 warnings.filterwarnings('ignore', module='pydicom')
-
-
-class Scan(NamedTuple):
-    """An image as stored, (rows, columns, slices) int16 HU, and its Geometry (None if unknown)."""
-
-    image: np.ndarray
-    geometry: Geometry | None
-
-
-def _stack(planes, size, source, say):
-    """(rows, columns, slices) int16 from `size` (slices, rows, columns) and its planes; `say` what that changed."""
-    stack, notes = np.empty(size, np.int16), {}
-    limits = np.iinfo(np.int16)
-    for k, plane in enumerate(planes):
-        if not np.isfinite(plane).all():
-            raise ValueError(f'{source}: slice {k} holds values that are not finite (NaN or infinite)')
-        whole = np.rint(plane)
-        stack[k] = np.clip(whole, limits.min, limits.max)
-        if np.abs(whole - plane).max() > 1e-3:
-            notes['values rounded to whole HU'] = True
-        if (stack[k] != whole).any():
-            notes[f'values beyond {limits.min} to {limits.max} HU cut off there'] = True
-    for note in notes:
-        say(note)
-    return np.ascontiguousarray(stack.transpose(1, 2, 0))
-
-
-# --- DICOM ---------------------------------------------------------------------------------------------------------
 
 
 class Slice(NamedTuple):
@@ -89,7 +64,7 @@ def read_series(folder, say=print):
     else:
         geometry = Geometry(_affine(slices), 'position', str(folder), 'DICOM')
     planes = (_hounsfield(s) for s in slices)
-    return Scan(_stack(planes, (len(slices), *slices[0].size), folder, say), geometry)
+    return Scan(stack_slices(planes, (len(slices), *slices[0].size), folder, say), geometry)
 
 
 def is_slice(path):
@@ -335,59 +310,10 @@ def _coded_size(frame):
     return rows, columns, colours, bits
 
 
-# --- NIfTI ---------------------------------------------------------------------------------------------------------
-
-
-def read_nifti_image(path, say=print):
-    """A NIfTI image as a Scan, stored as published, transpose(1, 0, 2); `say` as for read_series."""
-    values, geometry = read_nifti(path)
-    if geometry.holds == 'nothing':
-        say('its header gives no affine (sform and qform codes are 0)')
-    return Scan(_stack(values.T, values.T.shape, path, say), geometry.transposed())
-
-
-def read_nifti_label(path):
-    """A NIfTI label: (uint8 array, its Geometry), axes as in the file; ValueError where a value is not 0, 1 ... 255."""
-    values, geometry = read_nifti(path)
-    with np.errstate(invalid='ignore'):
-        label = values.astype(np.uint8)
-    wrong = values[label != values]
-    if wrong.size:
-        raise ValueError(f'{path}: {wrong[0]} is not an organ; a label holds whole numbers from 0 to 255')
-    return label, geometry
-
-
-def read_nifti(path):
-    """(array of numbers, Geometry) of a 3D NIfTI file, axes as in the file."""
-    with _readable(path):
-        header = nifti_header(path)
-    _check_claims(header, path)
-    with _readable(path):
-        return np.asanyarray(nib.arrayproxy.ArrayProxy(path, header)), nifti_geometry(header, path)
-
-
-@contextlib.contextmanager
-def _readable(path):
-    """Whatever nibabel, zlib and gzip raise about a broken file, as one ValueError that names it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such file') from None
-    except Exception as error:
-        raise ValueError(f'{path}: not a readable NIfTI file; is it truncated? ({error})') from None
-
-
-def _check_claims(header, path):
-    """Refuse, before memory is taken, what is not 3D numbers or claims more voxels than the file can hold."""
-    with _readable(path):
-        shape, kind, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f'{path}: shape {shape}, where one 3D volume is expected')
-    if kind.kind not in 'iufb':
-        raise ValueError(f'{path}: it holds {kind}, not plain numbers')
-    if offset > FARTHEST:
-        raise ValueError(f'{path}: its header claims that the voxels begin at byte {offset}, which no scan needs')
-    voxels = math.prod(shape)
-    room = os.path.getsize(path) * (DEFLATE_AT_BEST if str(path).endswith('.gz') else 1)
-    if voxels > MOST_VOXELS or offset + voxels * kind.itemsize > room:
-        raise ValueError(f'{path}: its header claims {shape} voxels, more than the file can hold; is it truncated?')
+def series_folders(raw):
+    """(folder, whether it holds slices), for every folder at and below `raw`, links followed."""
+    seen = set()
+    for folder, below, files in os.walk(raw, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        below[:] = sorted(b for b in below if b[0] != '.' and os.path.realpath(os.path.join(folder, b)) not in seen)
+        yield Path(folder), any(is_slice(Path(folder, name)) for name in sorted(files))

@@ -10,13 +10,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from measures import joint_box
-from report_data import CONVERGED
-from slices import plane_view
-from utils import PLANES, to_unit
+from reporting.measures import joint_box
+from running.data_folder import GOOD_LOSS, PLANES
+from utils import to_unit
+from volumes.planes import plane_view
 
 COLOURS = {'label': '#56b4e9', 'prediction': '#e69f00', 'coarse': '#cc79a7'}  # told apart by the colour-blind, too
+
+
 INK, FAINT = '#1f2933', '#9aa5b1'
+
+
 STYLE = {
     'svg.hashsalt': 'report',  # the same picture is the same file
     'font.size': 9,
@@ -28,8 +32,6 @@ STYLE = {
     'xtick.color': INK,
     'ytick.color': INK,
 }
-
-# --- charts --------------------------------------------------------------------------------------------------------
 
 
 def write_chart(path, draw, size, *args):
@@ -43,7 +45,7 @@ def write_chart(path, draw, size, *args):
 def draw_losses(axes, log):
     """Loss by epoch, the modes one after the other, each with the loss at which it counts as converged."""
     start = 0
-    for mode in CONVERGED:
+    for mode in GOOD_LOSS:
         epochs = sorted({epoch for m, epoch in [*log.steps, *log.epochs] if m == mode})
         if not epochs:
             continue
@@ -55,8 +57,8 @@ def draw_losses(axes, log):
         for part, style in enumerate(('C0:', 'C1--', 'k-')):
             axes.plot(list(means), [loss[part] for loss in means.values()], style, lw=1.4, marker='.', ms=4)
         end = start + len(epochs)
-        axes.hlines(CONVERGED[mode], start, end, color='#2e7d32', lw=1.4)
-        axes.text(start + 0.05, CONVERGED[mode], f'{CONVERGED[mode]:g}', color='#2e7d32', va='bottom', size=7)
+        axes.hlines(GOOD_LOSS[mode], start, end, color='#2e7d32', lw=1.4)
+        axes.text(start + 0.05, GOOD_LOSS[mode], f'{GOOD_LOSS[mode]:g}', color='#2e7d32', va='bottom', size=7)
         axes.text((start + end) / 2, 1.03, mode, ha='center', weight='bold', transform=axes.get_xaxis_transform())
         axes.axvline(end, color=FAINT, lw=0.5)
         start = end
@@ -104,11 +106,15 @@ def draw_gain(axes, cases):
     )
 
 
-# --- slices --------------------------------------------------------------------------------------------------------
-
 MARGIN, LEAST = 12, 64  # voxels: around the organ's and the prediction's box; at least shown along each axis
+
+
 MOST_PIXELS = 256  # a side of a slice; a wider one is thinned
+
+
 COLUMNS = 8  # of slices in a sheet
+
+
 AS_PUBLISHED = [(1, -1), (0, -1), (2, -1)]  # rows to the back, columns to the left, slices downwards
 
 

@@ -4,15 +4,10 @@ A stage lists the names it takes, in order; the published order and meaning of a
 """
 
 import argparse
-import contextlib
-import json
 import math
 import os
 import re
-import signal
 import sys
-import time
-import traceback
 
 
 def whole(low, high=None):
@@ -115,21 +110,42 @@ ARGUMENTS = {
     for plane in 'XYZ'
 }
 
+
 SETTINGS = 'learning_rate1 learning_rate_m1 learning_rate2 learning_rate_m2 crop_margin'
+
+
 WINDOW = 'low_range high_range slice_threshold slice_thickness organ_ID'
+
+
 TRAINING = (
     f'data_path current_fold organ_number {WINDOW} plane GPU_ID {SETTINGS} crop_prob crop_sample_batch '
     'epoch_S epoch_I epoch_J lr_decay_epoch timestamp'
 ).split()
+
+
 TESTING = [*TRAINING[:-2], 'epoch_step', 'timestamp1']
+
+
 TESTING_OPTIONAL = ['timestamp2']
+
+
 _THREE_PLANES = (
     f'data_path current_fold organ_number {WINDOW} GPU_ID {SETTINGS} epoch_S epoch_I epoch_J epoch_step'
 ).split()
+
+
 _THREE_TIMES = [f'timestamp1_{plane}' for plane in 'XYZ']
+
+
 FUSION = [*_THREE_PLANES, 'threshold', *_THREE_TIMES]
+
+
 COARSE2FINE = [*_THREE_PLANES, 'coarse_threshold', 'fine_threshold', 'max_rounds', *_THREE_TIMES]
+
+
 MERGING = ['organ_IDs' if name == 'organ_ID' else name for name in COARSE2FINE]
+
+
 FUSION_OPTIONAL = [f'timestamp2_{plane}' for plane in 'XYZ']
 
 
@@ -178,78 +194,3 @@ def parse(made, argv=None):
     if hasattr(args, 'low_range') and args.low_range >= args.high_range:
         made.error(f'argument high_range: {args.high_range:g} is not above low_range, {args.low_range:g}')
     return args
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, answered like Ctrl-C but for the exit code."""
-
-
-class _Signals:
-    """Ctrl-C and SIGTERM as exceptions; while `hold` is set the first of them is put off."""
-
-    hold = False
-    waiting = None
-    raised = None
-
-    @classmethod
-    def answer(cls, number, _frame):
-        error = Terminated if number == signal.SIGTERM else KeyboardInterrupt
-        if not cls.hold or cls.waiting:
-            cls.raised = error
-            raise error
-        cls.waiting = error
-
-
-@contextlib.contextmanager
-def uninterrupted():
-    """The first Ctrl-C or SIGTERM waits until the end of the block, which may ask for the exception that waits."""
-    _Signals.hold = True
-    try:
-        yield lambda: _Signals.waiting
-    finally:
-        _Signals.hold, waiting, _Signals.waiting = False, _Signals.waiting, None
-    if waiting:
-        raise waiting
-
-
-def tell_torchrun(message):
-    """Where torchrun started this process: let its own report, which follows, end with the message as the cause."""
-    if file := os.environ.get('TORCHELASTIC_ERROR_FILE'):
-        with contextlib.suppress(OSError), open(file, 'w') as report:
-            json.dump({'message': message, 'timestamp': int(time.time())}, report)
-
-
-def foreseeable(error):
-    """Whether an error is the user's or the machine's, and its message what the user needs."""
-    if isinstance(error, RuntimeError):  # torch's, without memory
-        return any(text in str(error) for text in ('out of memory', "can't allocate memory"))
-    return isinstance(error, (ValueError, OSError, MemoryError))
-
-
-def run(main):
-    """Run a script: a user's mistake ends it with one line and exit code 1, Ctrl-C with 130, SIGTERM with 143.
-
-    RSTN_TRACEBACK=1 in the environment shows where the mistake was noticed.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and background shells have it
-            signal.signal(number, _Signals.answer)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):  # a name that the terminal cannot show stops nothing
-            stream.reconfigure(errors='backslashreplace')
-    try:
-        status = main()
-    except (KeyboardInterrupt, Exception) as error:
-        # numpy may make a TypeError of the exception that a signal raises while it reads a file
-        if signalled := _Signals.raised or (isinstance(error, KeyboardInterrupt) and type(error)):
-            sys.exit(143 if signalled is Terminated else 130)
-        if not foreseeable(error):
-            raise
-        if os.environ.get('RSTN_TRACEBACK'):
-            traceback.print_exc()
-        sys.stdout.flush()
-        message = ' '.join(str(error).split()) or type(error).__name__
-        message = f'{os.path.basename(sys.argv[0])}: error: {message}'
-        tell_torchrun(message)
-        sys.exit(message)
-    sys.exit(status)

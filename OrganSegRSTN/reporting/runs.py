@@ -3,13 +3,17 @@
 import json
 import math
 
-from measures import compare_surfaces, spread
-from report_data import AGREEMENTS, results_of, rounds_of, stop_round
-from report_pictures import draw_gain, draw_rounds, write_chart, write_planes
+from reporting.data import AGREEMENTS, results_of, rounds_of, stop_round
+from reporting.measures import compare_surfaces, spread
+from reporting.pictures import draw_gain, draw_rounds, write_chart, write_planes
 from utils import DSC_computation
 
 HEADLINES = ['coarse2fine', 'coarse_fusion_F2P', 'coarse_Z', 'coarse_Y', 'coarse_X', 'oracle_fusion_F2P']  # the first
+
+
 MAIN = ['coarse_X', 'coarse_Y', 'coarse_Z', 'coarse_fusion_F2P', 'oracle_fusion_F2P', 'coarse2fine_R0', 'coarse2fine']
+
+
 DISTANCES = ('HD95', 'ASD', 'NSD')
 
 

@@ -3,20 +3,17 @@
 import functools
 import math
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from fusion import FUSIONS
-from results import read_settings
-from utils import PLANES, Dice, DSC_computation, read_cases, read_volume
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / 'DATA2NPY'))
-from geometry import geometry_file, load_geometry  # noqa: E402
-
-CONVERGED = {'S': 0.3, 'I': 0.2, 'J': 0.15}  # mean Avg loss that the published README asks for
-AGREEMENTS = ('0.90', '0.95', '0.98', '0.99')  # inter-iteration DSC at which a user might stop; the paper's is the last
+from running.data_folder import PLANES, read_cases
+from running.files import read_volume
+from running.results import read_settings
+from scans.geometry import geometry_file, load_geometry  # noqa: E402
+from utils import Dice, DSC_computation
+from volumes.fusion import FUSIONS
+from volumes.rounds import AGREEMENTS
 
 
 class Source:
@@ -69,14 +66,22 @@ class Source:
         return None if found is None or found.holds == 'nothing' else found
 
 
-# --- a result folder -----------------------------------------------------------------------------------------------
-
 SNAPSHOT = re.compile(r'([XYZ])J(\d+)_(\d+)(?:_(.{15}))?(?:\.pkl)?')
+
+
 # names of result folders, as utils.results_folder and the stages make them
 PLANE = re.compile(r'FD(?P<fold>\d+):(?P<snapshots>[XYZ]J.+)')
+
+
 FUSION = re.compile(r'FD(?P<fold>\d+):fusion:(?P<snapshots>.+)_(?P<epoch>e\d+),(?P<options>[^,]+)')
+
+
 ROUNDS = re.compile(r'FD(?P<fold>\d+):(?P<snapshots>X.+,Z[^:]+):(?P<epoch>e\d+)_(?P<options>[^_]+_[^_]+,\d+)')
+
+
 NAMES = {'coarse': (PLANE, FUSION), 'oracle': (PLANE, FUSION), 'coarse2fine': (ROUNDS,)}
+
+
 SCORE = re.compile(
     r'(?:Testcase (?P<case>\d{1,9}):)?\s*(?:DSC_(?P<fusion>\w+)|Round (?P<round>\d{1,9}), DSC|(?P<inter>Inter-iteration) DSC|DSC)'
     r' = 2 \* (?P<both>\d{1,18}) / \((?P<pred>\d{1,18}) \+ (?P<label>\d{1,18})\) ='
@@ -265,9 +270,6 @@ def score_volumes(source, folder, number):
     return before is not None
 
 
-# --- a run: the stages and folds that belong together --------------------------------------------------------------
-
-
 def rounds_of(folder, number):
     """[Dice] of a case's rounds 0, 1, ... as far as it went."""
     found = []
@@ -322,8 +324,6 @@ def round_results(folders):
         }
     return table
 
-
-# --- training logs -------------------------------------------------------------------------------------------------
 
 LOSS = re.compile(
     r'(?P<fold>\d+)(?P<plane>[XYZ])(?P<mode>[SIJ]) Epoch\[(?P<epoch>\d{1,9})(?:/\d+)?\], (?:Iter\[(?P<step>\d{1,9})\]|Total).*?'

@@ -1,13 +1,76 @@
-"""results.txt and run.json of a result folder: what came out, and what it was made with."""
+"""What a figure was made with: code revision, libraries, device, threads, seed and arguments."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
+import platform
 import statistics
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-from claims import open_file, read_json
-from utils import LEFT, held, whole_file
+from running.files import LEFTOVERS, atomic_write, locked, open_file, read_json
+
+LIBRARIES = ('torch', 'numpy', 'scipy', 'fast-functions')
+
+
+def start(args):
+    """(device, provenance) of a stage that runs a network: the lines that every log begins with are printed."""
+    from running.processes import device_name, pick_device
+
+    device = pick_device(args.GPU_ID)
+    made = provenance(args, device_name(device))
+    print_provenance(made)
+    return device, made
+
+
+def start_without_network(args, stage):
+    """The provenance of a stage that runs no network: the same lines are printed."""
+    print(f'device: CPU ({stage} needs no other)')
+    made = provenance(args, 'CPU')
+    print_provenance(made)
+    return made
+
+
+def code():
+    """{what: value} of the code and its libraries."""
+    versions = {'python': platform.python_version()} | {name: library_version(name) for name in LIBRARIES}
+    return {'revision': revision(), 'versions': versions}
+
+
+def provenance(args, device):
+    """{what: value} of a run with these arguments on a device of this name."""
+    return code() | {
+        'device': device,
+        'arguments': {name: value for name, value in vars(args).items() if name != 'unused'},
+    }
+
+
+def print_provenance(made):
+    """Two lines: the code and its libraries, the arguments."""
+    print(f'code: {made["revision"]}; ' + ', '.join(f'{name} {value}' for name, value in made['versions'].items()))
+    print('arguments: ' + ' '.join(f'{name}={value}' for name, value in made['arguments'].items()), flush=True)
+
+
+@functools.cache
+def revision():
+    """The commit of the code, `-dirty` where files differ from it; `unknown` without git."""
+    command = ['git', '-C', Path(__file__).resolve().parent, 'describe', '--always', '--dirty', '--abbrev=12']
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return 'unknown'
+
+
+def library_version(name):
+    """The installed version of a library, or `none`."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return 'none'
+
 
 RUNS = 'runs'  # key of run.json: what is told of the runs that went into the folder; the others are settings
 
@@ -42,17 +105,17 @@ class Results:
             self(
                 f'{len(self.undefined)} case(s) with an empty label and an empty prediction left out of the averages .'
             )
-        with whole_file(self.path, 'w') as file:
+        with atomic_write(self.path, 'w') as file:
             file.write('\n'.join(self.lines) + '\n')
         print(f'written: {self.path.parent}', flush=True)
 
 
 @contextlib.contextmanager
-def hold(*folders):
+def lock_folders(*folders):
     """Hold result folders for the block: a second run into one of them is told who is at work, and stops."""
     with contextlib.ExitStack() as locks:
         for folder in folders:
-            locks.enter_context(held(folder / '.lock', LEFT, f'volumes/{LEFT}'))
+            locks.enter_context(locked(folder / '.lock', LEFTOVERS, f'volumes/{LEFTOVERS}'))
         try:
             yield
         except KeyboardInterrupt:
@@ -88,7 +151,7 @@ def prepare_folder(folder, settings, made):
     known = {key: _known(former.get(key), value) for key, value in settings.items()}
     runs = [run for run in former.get(RUNS, []) if volumes and not differing and run != made]
     if damage or known | {RUNS: [*runs, made]} != former:
-        with whole_file(path, 'w') as file:
+        with atomic_write(path, 'w') as file:
             json.dump(known | {RUNS: [*runs, made]}, file, indent=1)
 
 

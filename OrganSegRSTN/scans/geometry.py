@@ -4,20 +4,19 @@ An affine (4, 4) takes an index of the array *as stored* to RAS+ mm. Arrays are 
 columns, slices) of its DICOM slices, and a NIfTI array becomes that by transpose(1, 0, 2).
 """
 
-import gzip
 import itertools
 import json
 import os
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 
-from claims import open_file, read_json
-from utils import whole_file
+from running.files import atomic_write, read_json
 
 PUBLISHED = (1, 0, 2)
+
+
 TOLERANCE = 0.1  # voxels that the corners of two grids may lie apart and still be one grid
 
 
@@ -50,32 +49,6 @@ def lays_out(affine):
     return bool(np.isfinite(affine).all() and np.isfinite(volume) and volume > 1e-9)
 
 
-def nifti_header(path):
-    """The header of a NIfTI file, without its extensions, which may claim any size; ValueError where it is none."""
-    with open_file(path) as file:
-        block = (gzip.GzipFile(fileobj=file) if str(path).endswith('.gz') else file).read(1024)
-    for kind in (nib.Nifti1Header, nib.Nifti2Header):
-        if kind.may_contain_header(block):
-            return kind(block[: kind.template_dtype.itemsize])
-    raise ValueError('no NIfTI header')
-
-
-def nifti_geometry(header, path):
-    """Geometry of a NIfTI file's array, axes as in the file, by its nibabel header."""
-    affine = np.asarray(header.get_best_affine(), float)
-    coded = header['sform_code'] > 0 or header['qform_code'] > 0
-    if not (coded and lays_out(affine)):
-        holds = 'nothing'
-    elif not affine[:3, 3].any() and np.count_nonzero(affine[:3, :3]) == 3:
-        holds = 'spacing'
-    else:
-        holds = 'position'
-    return Geometry(affine, holds, str(path), 'NIfTI')
-
-
-# --- the file geometry/CASE.json -----------------------------------------------------------------------------------
-
-
 def geometry_file(data_path, case):
     """geometry/CASE.json of the data folder."""
     return Path(data_path, 'geometry', f'{case}.json')
@@ -90,7 +63,7 @@ def save_geometry(path, geometry):
         'source': os.path.abspath(geometry.source),
         'type': geometry.type,
     }
-    with whole_file(path, 'w') as file:
+    with atomic_write(path, 'w') as file:
         json.dump(content, file)
 
 
@@ -108,9 +81,6 @@ def load_geometry(path):
         return None
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f'{path}: not a geometry ({error!r}); convert its image again') from None
-
-
-# --- a label onto its image's axes ---------------------------------------------------------------------------------
 
 
 def place_label(label, theirs, shape, ours, orientation='auto'):
@@ -171,3 +141,31 @@ def _contradiction(theirs, ours):
         )
 
     return f"its grid (spacing {text(theirs)} mm) is not its image's ({text(ours)} mm)"
+
+
+DEFLATE_AT_BEST = 1100  # no gzip file grows by more when it is unpacked, and no compressed slice of a scan does
+
+
+class Scan(NamedTuple):
+    """An image as stored, (rows, columns, slices) int16 HU, and its Geometry (None if unknown)."""
+
+    image: np.ndarray
+    geometry: Geometry | None
+
+
+def stack_slices(planes, size, source, say):
+    """(rows, columns, slices) int16 from `size` (slices, rows, columns) and its planes; `say` what that changed."""
+    stack, notes = np.empty(size, np.int16), {}
+    limits = np.iinfo(np.int16)
+    for k, plane in enumerate(planes):
+        if not np.isfinite(plane).all():
+            raise ValueError(f'{source}: slice {k} holds values that are not finite (NaN or infinite)')
+        whole = np.rint(plane)
+        stack[k] = np.clip(whole, limits.min, limits.max)
+        if np.abs(whole - plane).max() > 1e-3:
+            notes['values rounded to whole HU'] = True
+        if (stack[k] != whole).any():
+            notes[f'values beyond {limits.min} to {limits.max} HU cut off there'] = True
+    for note in notes:
+        say(note)
+    return np.ascontiguousarray(stack.transpose(1, 2, 0))

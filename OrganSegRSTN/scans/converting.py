@@ -4,8 +4,11 @@ import re
 import sys
 from pathlib import Path
 
-from geometry import geometry_file, save_geometry
-from utils import LEFT, held, name_fault, whole_file, write_array
+import numpy as np
+
+from running.data_folder import name_fault
+from running.files import LEFTOVERS, atomic_write, locked, write_array
+from scans.geometry import geometry_file, save_geometry
 
 
 def case_name(text):
@@ -37,7 +40,7 @@ def speaker(case):
 
 def save_array(path, array):
     """Write a .npy file; it appears only when it is complete."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         write_array(file, array)
 
 
@@ -61,7 +64,7 @@ def image_file(data_path, case):
 
 def convert_all(data_path, cases, convert):
     """convert(case, sources) for each case of a dict; one that fails is named, the others go on. Exit code: 0 or 1."""
-    with held(Path(data_path, '.lock'), *(f'{kind}/{LEFT}' for kind in ('images', 'labels', 'geometry'))):
+    with locked(Path(data_path, '.lock'), *(f'{kind}/{LEFTOVERS}' for kind in ('images', 'labels', 'geometry'))):
         return _convert_all(cases, convert)
 
 
@@ -77,3 +80,27 @@ def _convert_all(cases, convert):
     if failed:
         print(f'{len(failed)} of {len(cases)} cases failed:', *failed, sep='\n', file=sys.stderr)
     return 1 if failed else 0
+
+
+AIR = -200  # HU that every CT scan falls below somewhere
+
+
+def intensity_doubts(image, low_range, high_range):
+    """What speaks against `image` (any shape) being a CT scan in HU that suits the window: a list of sentences."""
+    low, high = image.min(), image.max()
+    doubts = []
+    if low >= 0 and high <= 255:
+        doubts.append(f'values from {low} to {high}: a picture of 8 bit, not HU')
+    elif low > AIR:
+        doubts.append(
+            f'no value below {AIR} HU, not even air: another modality, clipped, or without its intercept (-1024)'
+        )
+    clipped = outside(image, low_range, high_range)
+    if clipped > 0.97:
+        doubts.append(f'{clipped:.1%} of its voxels lie outside the intensity window, {low_range:g} to {high_range:g}')
+    return doubts
+
+
+def outside(image, low_range, high_range):
+    """Share of voxels that the intensity window clips."""
+    return 1 - np.count_nonzero((image >= low_range) & (image <= high_range)) / image.size

@@ -2,21 +2,12 @@
 
 import numpy as np
 
-from nifti import export
-from parallel import rank
-from provenance import begin_without_network
-from results import Results, hold, prepare_folder, read_settings
-from utils import (
-    PLANES,
-    DSC_computation,
-    epoch_name,
-    find_snapshot,
-    load_volume,
-    post_processing,
-    read_cases,
-    results_folder,
-    save_volume,
-)
+from running.data_folder import PLANES, epoch_name, find_snapshot, read_cases, results_folder
+from running.files import load_volume, save_volume
+from running.processes import rank
+from running.results import Results, lock_folders, prepare_folder, read_settings, start_without_network
+from scans.nifti import export
+from utils import DSC_computation, post_processing
 
 FUSIONS = [*PLANES, 'F1', 'F2', 'F3', 'F1P', 'F2P', 'F3P']
 
@@ -25,7 +16,7 @@ def fuse(args, stage):
     """Fuse the volumes of a fold's test cases: volumes/{X|Y|Z|F1|F2|F3|F1P|F2P|F3P}_{case}.npz and results.txt."""
     if rank():  # under torchrun: one process is enough
         return
-    made = begin_without_network(args, 'fusion')
+    made = start_without_network(args, 'fusion')
     snapshots = [find_snapshot(args, plane, getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
     epoch = epoch_name(args)
     planes = ','.join(name.removeprefix(f'FD{args.current_fold}:') for name in snapshots)
@@ -33,7 +24,7 @@ def fuse(args, stage):
     sources = [results_folder(args, stage, snapshot) for snapshot in snapshots]
     cases = read_cases(args.data_path, 'testing', args.current_fold)
     values = {fusion: [] for fusion in FUSIONS}
-    with hold(folder), Results(folder) as results:
+    with lock_folders(folder), Results(folder) as results:
         prepare_folder(folder, {'planes': [read_settings(source / 'run.json') for source in sources]}, made)
         results('Fusing results of 1 snapshots:')
         for number, case in enumerate(cases, 1):

@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-import parallel
-from arguments import uninterrupted, whole
-from claims import check_archive
-from utils import naming, whole_file
+from running import processes
+from running.arguments import whole
+from running.data_folder import fold_list, read_list, slice_list
+from running.files import atomic_write, errors_naming
+from running.results import checksum
+from running.script import uninterrupted
+from running.weights import check_archive
 
 # arguments that another machine, or the next start, may change
 FREE = (
@@ -43,7 +46,11 @@ def add_options(made):
 def logged(path):
     """All that the block prints goes to the file at `path` as well; so does what ends it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path), open(path, 'w', encoding='utf-8') as log, contextlib.redirect_stdout(_Both(sys.stdout, log)):
+    with (
+        errors_naming(path),
+        open(path, 'w', encoding='utf-8') as log,
+        contextlib.redirect_stdout(_Both(sys.stdout, log)),
+    ):
         try:
             yield
         except BaseException as error:
@@ -101,7 +108,7 @@ class Run:
     def __init__(self, path, args, **settings):
         self.path, self.minutes, self.workers = path, args.checkpoint_minutes, args.workers
         free = {name: value for name, value in vars(args).items() if name not in FREE}
-        self.settings = free | {'processes': parallel.world_size()} | settings
+        self.settings = free | {'processes': processes.world_size()} | settings
         self.parts, self.lines = {}, []
         self.saved = time.monotonic()
         self.epoch = 0  # epochs that are done, of all modes
@@ -134,7 +141,7 @@ class Run:
     def steps(self, dataset):
         """(index, sample) of what is left of an epoch, in an order shuffled anew for each."""
         if self.order is None:
-            self.order = parallel.gather(torch.randperm(len(dataset)))[0]
+            self.order = processes.gather(torch.randperm(len(dataset)))[0]
         for sample in self._loader(dataset):
             yield self.position, sample
             self.position += 1
@@ -142,15 +149,15 @@ class Run:
 
     def _loader(self, dataset):
         """Batches of one: of every world_size samples this rank's own; an incomplete last group is left out."""
-        world = parallel.world_size()
-        mine = self.order[: len(self.order) // world * world][parallel.rank() :: world][self.position :]
+        world = processes.world_size()
+        mine = self.order[: len(self.order) // world * world][processes.rank() :: world][self.position :]
         own = torch.Generator()  # leaves the global random numbers alone
         return DataLoader(dataset, sampler=mine.tolist(), generator=own, num_workers=self.workers)
 
     def _pause(self, save=False):
         """Between two steps: save where it is time, or where any rank has a signal waiting, which then ends all."""
         due = save or time.monotonic() - self.saved >= 60 * self.minutes
-        signals, dues = zip(*parallel.gather((self.signalled(), due)))
+        signals, dues = zip(*processes.gather((self.signalled(), due)))
         stop = next(filter(None, signals), None)
         if stop or any(dues):
             self.save()
@@ -191,7 +198,7 @@ class Run:
         Its log is printed again, so that this run's output is the whole log.
         """
         self.parts = parts
-        if len({str(place) for place in parallel.gather(state and (state['epoch'], state['position']))}) > 1:
+        if len({str(place) for place in processes.gather(state and (state['epoch'], state['position']))}) > 1:
             raise ValueError(f'{self.path}: not the same for every process; is the data folder shared?')
         if state is None:
             return
@@ -202,12 +209,12 @@ class Run:
             part.load_state_dict(state['parts'][name])
         self.epoch, self.order, self.position = state['epoch'], state['order'], state['position']
         self.losses.load_state_dict(state['losses'])
-        set_random_states(state['random'][parallel.rank()])
+        set_random_states(state['random'][processes.rank()])
 
     def save(self, finished=False):
         """Write the checkpoint; rank 0 does, with the random states of every rank. Finished: without the weights."""
-        randoms = parallel.gather(random_states())
-        if parallel.rank() == 0:
+        randoms = processes.gather(random_states())
+        if processes.rank() == 0:
             state = {
                 'settings': self.settings,
                 'finished': finished,
@@ -219,7 +226,7 @@ class Run:
                 'random': randoms,
                 'parts': {} if finished else {name: part.state_dict() for name, part in self.parts.items()},
             }
-            with whole_file(self.path) as file:
+            with atomic_write(self.path) as file:
                 torch.save(state, file)
         self.saved = time.monotonic()
 
@@ -243,3 +250,19 @@ def set_random_states(states):
     torch.set_rng_state(states['torch'])
     if torch.cuda.is_available() and states['cuda'] is not None:
         torch.cuda.set_rng_state(states['cuda'])
+
+
+def list_checksums(args, planes):
+    """{list: checksum}, what of the data a checkpoint must agree on: the slices of these planes, and the fold."""
+    files = [slice_list(args.data_path, plane) for plane in planes]
+    files.append(fold_list(args.data_path, 'training', args.current_fold))
+    return {file.name: (checksum(file) or read_list(file))[:12] for file in files}  # read_list says what is missing
+
+
+def seed_everything(seed):
+    """Seed every source of random numbers that training uses, each rank's its own; None leaves them as they are."""
+    if seed is not None:
+        seed += processes.rank()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)

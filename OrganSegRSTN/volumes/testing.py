@@ -8,26 +8,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import parallel
-from model import load_RSTN, missing_weights
-from nifti import export
-from provenance import begin
-from results import Results, checksum, hold, prepare_folder
-from slices import SliceAverage, plane_view, slice_window
-from utils import (
-    DSC_computation,
-    epoch_name,
-    find_snapshot,
-    load_volume,
-    post_processing,
-    read_cases,
-    results_folder,
-    save_volume,
-    snapshot_folder,
-    to_unit,
-)
+from model import load_RSTN
+from running import processes
+from running.data_folder import epoch_name, find_snapshot, read_cases, results_folder, snapshot_folder
+from running.files import load_volume, save_volume
+from running.results import Results, checksum, lock_folders, prepare_folder, start
+from running.weights import missing_weights
+from scans.nifti import export
+from utils import DSC_computation, to_unit
+from volumes.planes import SliceAverage, plane_view, slice_window
 
-TOGETHER = 2**16  # pixels of the slices that the coarse network sees at once
+PIXELS_AT_ONCE = 2**16  # pixels of the slices that the coarse network sees at once
 
 
 class PlaneTester:
@@ -66,9 +57,9 @@ def predict_volume(net, image, plane, window, thickness, device, label=None, sco
     average = SliceAverage(image.shape, plane, thickness)
     windows = {j: slice_window(j, len(views['image']), thickness) for j in range(len(views['image']))}
     seen = [j for j, ids in windows.items() if marks is None or marks[ids].any()]
-    batch = max(TOGETHER // views['image'][0].size, 1) if marks is None else 1  # boxes differ in size
+    batch = max(PIXELS_AT_ONCE // views['image'][0].size, 1) if marks is None else 1  # boxes differ in size
     for first in tqdm(
-        range(0, len(seen), batch), desc=f'plane {plane}', leave=False, disable=parallel.rank() > 0 or None
+        range(0, len(seen), batch), desc=f'plane {plane}', leave=False, disable=processes.rank() > 0 or None
     ):
         places = seen[first : first + batch]
         ids = np.array([windows[j] for j in places])  # (N, 3)
@@ -121,7 +112,7 @@ def first_alone(*folders):
 
     Within the block the processes can wait for each other. They exchange no tensors, so gloo serves GPUs, too.
     """
-    with parallel.process_group(torch.device('cpu')), hold(*(folders if parallel.rank() == 0 else ())):
+    with processes.process_group(torch.device('cpu')), lock_folders(*(folders if processes.rank() == 0 else ())):
         yield
 
 
@@ -130,18 +121,18 @@ def share_out(cases, compute):
 
     -> whether this process is the first, which then goes through all cases and finds their volumes stored.
     """
-    parallel.wait()  # the first has prepared the folders
-    if parallel.world_size() > 1:
-        for number, case in list(enumerate(cases, 1))[parallel.rank() :: parallel.world_size()]:
+    processes.wait()  # the first has prepared the folders
+    if processes.world_size() > 1:
+        for number, case in list(enumerate(cases, 1))[processes.rank() :: processes.world_size()]:
             compute(number, case)
-    parallel.wait()
-    return parallel.rank() == 0
+    processes.wait()
+    return processes.rank() == 0
 
 
-def test_plane(args, stage, TEST):
+def evaluate_plane(args, stage, TEST):
     """Coarse or oracle testing of a fold's test cases along a plane: volumes/{epoch}_{case}.npz and results.txt."""
-    parallel.quiet()
-    device, made = begin(args)
+    processes.quiet()
+    device, made = start(args)
     snapshot = find_snapshot(args, args.plane, args.timestamp1)
     folder = results_folder(args, stage, snapshot)
     cases = read_cases(args.data_path, 'testing', args.current_fold)
@@ -161,7 +152,7 @@ def test_plane(args, stage, TEST):
 
     require_snapshots([tester], [file(number) for number in range(1, len(cases) + 1)])
     with first_alone(folder):
-        if parallel.rank() == 0:
+        if processes.rank() == 0:
             kinds = ('image_file', 'label_file') if TEST == 'O' else ('image_file',)
             prepare_folder(folder, run_settings(args, cases, [snapshot], kinds), made)
         if not share_out(cases, volume_and_label):
@@ -176,21 +167,3 @@ def test_plane(args, stage, TEST):
                 results(f'  Testcase {number}: DSC = {scores[-1]} .')
             mean, _ = results.average([score.value for score in scores])
             results(f'Snapshot {epoch}: average DSC = {mean} .')
-
-
-def coarse_probability(volumes):
-    """Mean (W, H, L) float32 of the three planes' stored volumes (uint8), summed in the order X, Y, Z."""
-    return sum(volume / np.float32(255) for volume in volumes) / np.float32(len(volumes))
-
-
-def fine_rounds(testers, image, score, mask, threshold, organ_ID):
-    """Rounds 1, 2, ... (section 3.3, algorithm 1): yields (score, mask) of each; ends when a mask is empty.
-
-    testers: of TEST 'F', one a plane; score: the previous round's mean probability, float32; mask: its organ, uint8.
-    """
-    while mask.any():
-        planes = [tester.predict(image, score=score, mask=mask) for tester in testers]
-        score = sum(planes) / np.float32(len(planes))
-        mask = (score >= threshold).astype(np.uint8)
-        mask = post_processing(mask, mask.copy(), 0.5, organ_ID)
-        yield score, mask

@@ -1,0 +1,1 @@
+"""The parts of report.py: result folders, measures, pictures, the page."""

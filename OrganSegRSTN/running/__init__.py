@@ -1,0 +1,1 @@
+"""What surrounds every stage: arguments, files, the data folder, results, checkpoints, processes."""

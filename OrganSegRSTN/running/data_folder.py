@@ -1,0 +1,257 @@
+"""running.data_folder."""
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from running.files import load_array, quoted, read_lines
+from utils import is_organ
+
+PLANES = 'XYZ'
+MODES = 'SIJ'  # separate, individual, joint (section 3.3)
+GOOD_LOSS = {'S': 0.3, 'I': 0.2, 'J': 0.15}  # mean Avg loss of a mode's last epoch that the published README asks for
+
+
+class Case(NamedTuple):
+    """A line of lists/training_FD0.txt or testing_FD0.txt: its number among all cases, from 0, and its files."""
+
+    number: int
+    image_file: str
+    label_file: str
+
+    def image(self, data_path):
+        """The scan (W, H, L)."""
+        return self._three_axes(load_array(os.path.join(data_path, self.image_file)), self.image_file)
+
+    def label(self, data_path, organ_ID):
+        """Where the organ is, bool (W, H, L)."""
+        label = load_array(os.path.join(data_path, self.label_file))
+        return self._three_axes(np.asarray(is_organ(label, organ_ID)), self.label_file)
+
+    @staticmethod
+    def _three_axes(volume, file):
+        if volume.ndim != 3:
+            raise ValueError(f'{file}: {volume.ndim} axes instead of 3 (W, H, L)')
+        return volume
+
+
+def name_fault(name):
+    """What keeps a case's name out of the lists and lines that it would stand in; '' where nothing does."""
+    if re.search(r'\s', name):
+        return 'white space'
+    if not name.isprintable():
+        return 'characters that cannot be printed'
+    return '' if name else 'nothing'
+
+
+def slice_list(data_path, plane):
+    """lists/training_X|Y|Z.txt: all slices of all cases along a plane."""
+    return Path(data_path, 'lists', f'training_{plane}.txt')
+
+
+def fold_list(data_path, kind, fold):
+    """lists/training_FD0.txt or testing_FD0.txt, for `kind` training or testing."""
+    return Path(data_path, 'lists', f'{kind}_FD{fold}.txt')
+
+
+def read_list(path):
+    """The lines of a list that init.py wrote; one that ends within a line was cut off."""
+    try:
+        return read_lines(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such list; run init.py first, with enough folds') from None
+    except ValueError as error:
+        raise ValueError(f'{path}: not a list ({error}); run init.py again') from None
+
+
+def read_cases(data_path, kind, fold):
+    """The cases that train or test a fold, in order; ValueError where its two lists do not hold every case once.
+
+    A list that stands alone, as somebody may write it to test scans of his own, is taken as it is.
+    """
+    path = fold_list(data_path, kind, fold)
+    other = fold_list(data_path, 'testing' if kind == 'training' else 'training', fold)
+    cases = _read_cases(path)
+    numbers = [case.number for case in (cases + _read_cases(other) if other.exists() else [])]
+    if sorted(numbers) != list(range(len(numbers))):
+        raise ValueError(
+            f'{path}: with {other.name} it does not hold every case from 0 once, as if one of them were cut off; '
+            'run init.py again'
+        )
+    return cases
+
+
+def _read_cases(path):
+    cases = []
+    for line in read_list(path):
+        fields = line.split()
+        if len(fields) != 3 or not re.fullmatch('[0-9]{1,9}', fields[0]):
+            raise ValueError(f'{path}: {quoted(line)} is not `case image_file label_file`; run init.py again')
+        cases.append(Case(int(fields[0]), *fields[1:]))
+    return cases
+
+
+def _stamp(timestamp):
+    """A timestamp of 15 characters is part of a name; any other is left out."""
+    return f'_{timestamp}' if len(timestamp) == 15 else ''
+
+
+def snapshot_folder(args):
+    """models/snapshots/SIJ_training_1e-5x10,20 of the data folder."""
+    return Path(args.data_path, 'models', 'snapshots', f'SIJ_training_{training_settings(args)}')
+
+
+def training_settings(args):
+    """`1e-5x10,20`: rate, multiplier and margin as they stand in folder names."""
+    return f'{args.learning_rate1}x{args.learning_rate_m1},{args.crop_margin}'
+
+
+def snapshot_name(args, plane, mode, timestamp):
+    """`FD0:XJ3_1_20261123_000000.pkl`."""
+    return f'FD{args.current_fold}:{plane}{mode}{args.slice_thickness}_{args.organ_ID}{_stamp(timestamp)}.pkl'
+
+
+def find_snapshot(args, plane, timestamp, mode='J'):
+    """Name of the snapshot to test: of the timestamp; else the untimestamped one; else the newest timestamped one."""
+    name = snapshot_name(args, plane, mode, timestamp)
+    folder = snapshot_folder(args)
+    if _stamp(timestamp) or (folder / name).exists():
+        return name
+    timed = re.compile(re.escape(name[: -len('.pkl')]) + r'_.{15}\.pkl')
+    found = sorted(file.name for file in folder.glob('*.pkl') if timed.fullmatch(file.name))
+    if not found:
+        return name
+    print(f'{plane}: no snapshot without a timestamp; the newest is taken: {found[-1]}')
+    return found[-1]
+
+
+def pretrained_folder(args):
+    """models/pretrained of the data folder."""
+    return Path(args.data_path, 'models', 'pretrained')
+
+
+def pretrained_name(args):
+    """`fcn8s_FD0_1.pth`: the FCN-8s that pretrain.py trains for a fold and an organ."""
+    return f'fcn8s_FD{args.current_fold}_{args.organ_ID}.pth'
+
+
+def find_pretrained(args):
+    """The FCN-8s to start training from: --pretrained, else the first there is in models/pretrained/."""
+    if args.pretrained:
+        return Path(args.pretrained)
+    folder = pretrained_folder(args)
+    names = ['fcn8s_from_caffe.pth', 'fcn8s_from_vgg16.pth', pretrained_name(args)]
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f'{folder}: no FCN-8s to start from ({", ".join(names)}). Train one on this data with pretrain.py '
+            '(ENABLE_PRETRAINING=1 in run.sh), or convert one you have with pretrain.py --convert FILE'
+        )
+    return found
+
+
+def epoch_name(args):
+    """`e2682`: the epochs of S, I, J and the decay step."""
+    return f'e{args.epoch_S}{args.epoch_I}{args.epoch_J}{args.epoch_step}'
+
+
+def results_folder(args, stage, name):
+    """results/{stage}_testing_1e-5x10,20/{name} of the data folder."""
+    return Path(args.data_path, 'results', f'{stage}_testing_{training_settings(args)}', name)
+
+
+class Slice(NamedTuple):
+    """A line of lists/training_X|Y|Z.txt; `organs` holds (pixels, minA, maxA, minB, maxB) of organ 1, 2, ..."""
+
+    case: int
+    index: int
+    image_file: str
+    label_file: str
+    average: float
+    organs: tuple
+
+    def __str__(self):
+        numbers = [number for organ in self.organs for number in organ]
+        return ' '.join(map(str, [*self[:5], *numbers]))
+
+    @classmethod
+    def read(cls, line):
+        """The record of a list line; ValueError where it is not one."""
+        fields = line.split()
+        try:
+            average, numbers = float(fields[4]), [int(field) for field in fields[:2] + fields[5:]]
+            if len(fields) < 10 or len(fields) % 5 or min(numbers) < 0 or not math.isfinite(average):
+                raise ValueError
+        except (ValueError, IndexError):
+            raise ValueError(f'{quoted(line)} is not a slice of a list; run init.py again') from None
+        case, index, *counts = numbers
+        organs = tuple(tuple(counts[i : i + 5]) for i in range(0, len(counts), 5))
+        return cls(case, index, fields[2], fields[3], average, organs)
+
+
+def slice_averages(image, window):
+    """{plane: mean intensity of each slice} of `image` (W, H, L), clipped to `window`."""
+    clipped = np.clip(image, *window)
+    exact = np.int64 if clipped.dtype.kind in 'iu' else np.float64
+    rows = clipped.sum(axis=2, dtype=exact)  # (W, H)
+    sums = {'X': rows.sum(axis=1), 'Y': rows.sum(axis=0), 'Z': clipped.sum(axis=(0, 1), dtype=exact)}
+    return {plane: values / (image.size // len(values)) for plane, values in sums.items()}
+
+
+def organ_extents(mask):
+    """{plane: (slices, 5) array} of `mask` (W, H, L): pixels, minA, maxA, minB, maxB of each slice; 0 where empty."""
+    counts = [mask.sum(axis=axis, dtype=np.int64) for axis in range(3)]
+
+    def profile(axis, other):  # pixels by slice and place along the other axis
+        kept = counts[3 - axis - other]
+        return kept if axis < other else kept.T
+
+    extents = {}
+    for axis, plane in enumerate(PLANES):
+        a, b = (profile(axis, other) for other in range(3) if other != axis)
+        extents[plane] = np.stack([a.sum(axis=1), *_ends(a > 0), *_ends(b > 0)], axis=1)
+    return extents
+
+
+def _ends(hits):
+    """First and last True of each row of `hits` (slices, n); 0 where there is none."""
+    last = hits.shape[1] - 1 - hits[:, ::-1].argmax(axis=1)
+    return hits.argmax(axis=1), np.where(hits.any(axis=1), last, 0)
+
+
+def case_names(data):
+    """Names of the cases that have both an image and a label, in file order; others are left out with a line."""
+    images, labels = (sorted(file.stem for file in (data / kind).glob('[!.]*.npy')) for kind in ('images', 'labels'))
+    for missing, names in (('label', set(images) - set(labels)), ('image', set(labels) - set(images))):
+        for name in sorted(names):
+            print(f'{name}: left out, it has no {missing}s/{name}.npy')
+    names = [name for name in images if name in labels]
+    if not names:
+        raise FileNotFoundError(f'{data}: no images/*.npy with labels/*.npy of the same name; convert the scans first')
+    for name in names:
+        if fault := name_fault(name):
+            raise ValueError(
+                f'{f"images/{name}.npy"!r}: a case name cannot hold {fault} (lists are divided by white space); rename it'
+            )
+    return names
+
+
+def check_case(name, image, label, organ_number):
+    """The label as whole numbers; ValueError where the two volumes cannot be a case."""
+    if image.ndim != 3 or image.shape != label.shape or not image.size:
+        raise ValueError(
+            f'{name}: image {image.shape} and label {label.shape} are not two volumes (W, H, L) of one shape'
+        )
+    if not np.isfinite(image).all():
+        raise ValueError(f'images/{name}.npy: not all values are finite')
+    if not (np.isfinite(label).all() and np.array_equal(label, np.floor(label)) and label.min() >= 0):
+        raise ValueError(f'labels/{name}.npy: not all values are whole numbers from 0')
+    if label.max() > organ_number:
+        print(
+            f'labels/{name}.npy: holds {label.max():g}, above organ_number {organ_number}: right only for an own is_organ'
+        )
+    return label if label.dtype.kind in 'bui' else label.astype(np.int64)

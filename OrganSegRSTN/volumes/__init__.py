@@ -1,0 +1,1 @@
+"""A network on a volume: planes, slice windows, testing, fusion."""

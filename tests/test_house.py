@@ -1,0 +1,59 @@
+"""The floors of the house: what a module may import (docs/architecture.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+CODE = Path(__file__).resolve().parent.parent / 'OrganSegRSTN'
+FLOORS = [
+    ['utils'],
+    ['running'],
+    ['ring', 'scans'],
+    ['model', 'Data'],
+    ['volumes'],
+    ['reporting'],
+]
+STAGES = {
+    'init', 'pretrain', 'training', 'training_parallel', 'coarse_testing', 'coarse_fusion', 'oracle_testing',
+    'oracle_fusion', 'coarse2fine_testing', 'predict', 'report', 'check_data', 'merge_organs',
+}  # fmt: skip
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms} | dict.fromkeys(STAGES, len(FLOORS))
+MODULES = sorted(path for folder in (CODE, CODE.parent / 'DATA2NPY') for path in folder.rglob('*.py'))
+
+
+def room(path):
+    """The room of a module: its folder, or itself where it stands in OrganSegRSTN/."""
+    if CODE not in path.parents:
+        return 'init'  # DATA2NPY/ is on the floor of the stages
+    return path.relative_to(CODE).parts[0].removesuffix('.py')
+
+
+def imported(path):
+    """The rooms that a module imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.split('.')[0] for name in names} & FLOOR.keys()
+
+
+def test_every_module_has_its_floor():
+    assert {room(path) for path in MODULES} == FLOOR.keys()
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda path: str(path.relative_to(CODE.parent)))
+def test_a_module_imports_from_its_own_room_and_the_floors_below(path):
+    allowed = {name for name, floor in FLOOR.items() if floor < FLOOR[room(path)]}
+    if room(path) not in STAGES:
+        allowed.add(room(path))
+    if path.stem == 'training_parallel':
+        allowed.add('training')
+    assert imported(path) <= allowed
+
+
+def test_only_the_entry_points_of_DATA2NPY_edit_the_search_path():
+    edited = {path.name for path in MODULES if 'sys.path' in path.read_text()}
+    assert edited == {'dicom2npy.py', 'nii2npy.py', 'make_phantom.py'}
