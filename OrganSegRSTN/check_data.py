@@ -72,7 +72,7 @@ class Notes(dict):
 
 
 def main():
-    made = arguments.parser(__doc__, 'data_path organ_number low_range high_range'.split())
+    made = arguments.stage_parser(__doc__, 'data_path organ_number low_range high_range'.split())
     args = arguments.parse(made)
     errors, warnings = Notes(), Notes()
     cases = []

@@ -32,8 +32,8 @@ SLICES_AT_ONCE = 32  # slices gathered at a time
 
 
 def main():
-    made = arguments.parser(__doc__, 'data_path organ_number folds low_range high_range'.split())
-    args = arguments.parse(made)
+    parser = arguments.stage_parser(__doc__, 'data_path organ_number folds low_range high_range'.split())
+    args = arguments.parse(parser)
     start_without_network(args, 'initialization')
     names = case_names(Path(args.data_path))
     if len(names) < args.folds:

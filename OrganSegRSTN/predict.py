@@ -1,14 +1,16 @@
-"""A mask for a new scan (section 3.3, algorithm 1): coarse on three planes, then fine rounds until two agree. Usage:
+"""Predict the mask of a new scan (section 3.3, algorithm 1): coarse on three planes, then fine rounds until two agree.
 
     python predict.py INPUT OUTPUT.nii.gz SNAPSHOT_X SNAPSHOT_Y SNAPSHOT_Z [options]
 
-INPUT is a NIfTI file, or a folder with one DICOM series; OUTPUT a mask on INPUT's own grid (of a DICOM series: columns,
-rows, slices). Several snapshots of a plane, separated by commas, are averaged: x/FD0:XJ3_1.pkl,x/FD1:XJ3_1.pkl.
+INPUT is a NIfTI file, or a folder with one DICOM series. OUTPUT is a mask on INPUT's own grid (of a
+DICOM series: columns, rows, slices). Several snapshots of a plane, separated by commas, are averaged:
+x/FD0:XJ3_1.pkl,x/FD1:XJ3_1.pkl.
 
-A network knows its organ in arrays that lie as in training. INPUT's axes are turned to lie so, and the mask's back.
-How training arrays lie is told by --orientation; else by geometry/ of the data folder that the first snapshot lies in;
-else they are taken to be NIH's: PLI, that is, rows run to the back, columns to the left, slices downwards. INPUT that
-does not say where it lies (no affine, or one of mere spacing) is seen as conversion would store it.
+A network knows its organ in arrays that lie as in training, so INPUT's axes are turned to lie so, and
+the mask's axes back. How training arrays lie comes from --orientation; else from geometry/ of the data
+folder of the first snapshot; else NIH's PLI is assumed: rows run to the back, columns to the left,
+slices downwards. INPUT without a position (no affine, or one of mere spacing) is taken as conversion
+would store it.
 """
 
 import argparse
@@ -22,7 +24,6 @@ from typing import NamedTuple
 import nibabel.orientations as axes
 import numpy as np
 
-from model import load_RSTN
 from running import arguments, script
 from running.data_folder import PLANES
 from running.results import start
@@ -31,8 +32,8 @@ from scans.converting import intensity_doubts
 from scans.dicom import is_slice, modality, read_series, series_folders
 from scans.geometry import PUBLISHED, load_geometry
 from scans.nifti import affine_header, axis_codes, grid_header, is_nifti_name, known, read_nifti_image, write_nifti
-from volumes.rounds import agreement, coarse_probability, fine_rounds
-from volumes.testing import predict_volume, to_bytes
+from volumes.rounds import agreement, coarse_to_fine
+from volumes.testing import PlaneSettings, PlaneTester, to_bytes
 
 NIH = 'PLI'
 STORED = 'stored'
@@ -52,8 +53,8 @@ def main():
         print(f'warning: {doubt}')
     there, back = turns(scan.geometry, codes)
     image, scan = np.ascontiguousarray(axes.apply_orientation(scan.image, there)), scan._replace(image=None)
-    look = Look(snapshots, thickness, margin, (args.low_range, args.high_range), device, args.precision)
-    mask, probability = segment(image, look, args.rounds, args.stop_DSC, args.threshold)
+    settings = PlaneSettings((args.low_range, args.high_range), thickness, margin, device, args.precision)
+    mask, probability = segment(image, snapshots, settings, args.rounds, args.stop_DSC, args.threshold)
     print_volume(mask, scan.geometry)
     for path, volume in ((args.OUTPUT, mask), (args.probability, probability)):
         if path:
@@ -65,12 +66,12 @@ def main():
 
 
 def parse(argv=None):
-    """The arguments; see the top of this file."""
-    made = arguments.Parser(__doc__)
-    made.add_argument('INPUT', help='NIfTI file, or folder with one DICOM series')
-    made.add_argument('OUTPUT', help='mask to write, .nii.gz or .nii')
+    """Return the arguments; see the top of this file."""
+    parser = arguments.Parser(__doc__)
+    parser.add_argument('INPUT', help='NIfTI file, or folder with one DICOM series')
+    parser.add_argument('OUTPUT', help='mask to write, .nii.gz or .nii')
     for plane in PLANES:
-        made.add_argument(f'SNAPSHOT_{plane}', help=f'snapshot of plane {plane}, or several separated by commas')
+        parser.add_argument(f'SNAPSHOT_{plane}', help=f'snapshot of plane {plane}, or several separated by commas')
     for name, default, kind, text in (
         ('--low_range', -100, arguments.number(), 'lower end of the intensity window of the training (HU)'),
         ('--high_range', 240, arguments.number(), 'its upper end'),
@@ -78,18 +79,18 @@ def parse(argv=None):
         ('--stop_DSC', 0.99, arguments.number(0, 1), 'inter-iteration DSC at which two rounds agree'),
         ('--threshold', 0.5, arguments.number(0, 1), 'probability from which a voxel is organ'),
     ):
-        made.add_argument(name, default=default, type=kind, help=f'{text} (default {default})')
-    made.add_argument('--device', '--GPU_ID', dest='GPU_ID', default='0',
-                      help='number of the CUDA device, or cpu (default 0)')  # fmt: skip
-    made.add_argument('--margin', type=arguments.whole(0),
-                      help="pixels around the organ's box (default: what the snapshot's folder is named for, else 20)")  # fmt: skip
-    made.add_argument('--orientation', type=orientation, metavar='WHERE',
-                      help="how training arrays lie: axis codes such as PLI, or a training case's geometry/CASE.json; "
-                      f'{STORED}: do not turn anything')  # fmt: skip
-    made.add_argument('--probability', metavar='FILE', help='write the mean probability, too (float32 .nii.gz)')
-    arguments.add_precision(made)
-    made.add_argument('--force', action='store_true', help='take a snapshot although its name tells another plane')
-    return arguments.parse(made, argv)
+        parser.add_argument(name, default=default, type=kind, help=f'{text} (default {default})')
+    parser.add_argument('--device', '--GPU_ID', dest='GPU_ID', default='0',
+                        help='number of the CUDA device, or cpu (default 0)')  # fmt: skip
+    parser.add_argument('--margin', type=arguments.whole(0),
+                        help="pixels around the organ's box (default: by the name of the snapshot's folder, else 20)")  # fmt: skip
+    parser.add_argument('--orientation', type=orientation, metavar='WHERE',
+                        help="how training arrays lie: axis codes such as PLI, or a training case's geometry/CASE.json; "
+                        f'{STORED}: do not turn anything')  # fmt: skip
+    parser.add_argument('--probability', metavar='FILE', help='write the mean probability, too (float32 .nii.gz)')
+    arguments.add_precision(parser)
+    parser.add_argument('--force', action='store_true', help='take a snapshot although its name is of another plane')
+    return arguments.parse(parser, argv)
 
 
 def orientation(text):
@@ -115,12 +116,12 @@ def check_outputs(args):
 
 
 def split_snapshots(text):
-    """The paths in a list separated by commas; the folder of a snapshot has a comma in its name, too."""
+    """Return the paths in a list separated by commas; the name of a snapshot's folder holds a comma, too."""
     return [Path(path) for path in re.split(r'(?<=\.pkl),|(?<=\.pth),', text)]
 
 
 class Kind(NamedTuple):
-    """What all snapshots of a prediction must share; the organ is None where the name does not tell it."""
+    """What all snapshots of a prediction must share; organ is None where the name does not hold it."""
 
     width: int
     thickness: int
@@ -128,25 +129,27 @@ class Kind(NamedTuple):
 
 
 def check_snapshots(snapshots, force):
-    """Thickness of the networks in `snapshots` (a list of paths a plane); ValueError where they do not belong together."""
+    """Return the thickness of the networks of `snapshots` (a list of paths a plane).
+
+    Raise ValueError where they do not belong together.
+    """
     paths = [path for paths in snapshots for path in paths]
     kinds = [snapshot_kind(path, plane, force) for plane, paths in zip(PLANES, snapshots) for path in paths]
     for what, values in zip(Kind._fields, zip(*kinds)):
-        told = [(path, value) for path, value in zip(paths, values) if value is not None]
-        for path, value in told:
-            if value != told[0][1]:
-                raise ValueError(f'{path}: of {what} {value}, where {told[0][0]} is of {what} {told[0][1]}')
+        known_values = [(path, value) for path, value in zip(paths, values) if value is not None]
+        for path, value in known_values:
+            first, usual = known_values[0]
+            if value != usual:
+                raise ValueError(f'{path}: has {what} {value}, but {first} has {what} {usual}')
     return kinds[0].thickness
 
 
 def snapshot_kind(path, plane, force):
-    """The Kind of a snapshot for a plane, from its name and its weights."""
+    """Return the Kind of a snapshot for a plane, from its name and its weights."""
     weights = load_weights(path)
     name = SNAPSHOT.fullmatch(path.name)
     if name and name['plane'] != plane and not force:
-        raise ValueError(
-            f'{path}: a snapshot of plane {name["plane"]} where that of plane {plane} belongs (or --force)'
-        )
+        raise ValueError(f'{path}: a snapshot of plane {name["plane"]} given for plane {plane} (or give --force)')
     if name and name['mode'] != 'J':
         print(f'warning: {path.name} is of mode {name["mode"]}; the training ends with mode J')
     try:
@@ -157,16 +160,16 @@ def snapshot_kind(path, plane, force):
 
 
 def find_margin(snapshot):
-    """The margin that a snapshot was trained with: SIJ_training_1e-5x10,20 is the folder of margin 20."""
-    named = re.fullmatch(r'SIJ_training_.*,(\d+)', snapshot.absolute().parent.name)
-    return int(named[1]) if named else 20
+    """Return the margin of the training by the name of the snapshot's folder, SIJ_training_1e-5x10,20; else 20."""
+    found = re.fullmatch(r'SIJ_training_.*,(\d+)', snapshot.absolute().parent.name)
+    return int(found[1]) if found else 20
 
 
 # --- the scan and its axes -----------------------------------------------------------------------------------------
 
 
 def read_input(path):
-    """(Scan as conversion stores it, header of a NIfTI file on the input's grid)."""
+    """Return (Scan as conversion stores it, header of a NIfTI file on the input's grid)."""
     if os.path.isdir(path):
         folder = series_folder(path)
         scan = read_series(folder, say=print)
@@ -177,7 +180,7 @@ def read_input(path):
 
 
 def series_folder(path):
-    """The one folder at or below `path` that holds a DICOM series; a line warns where that is not CT."""
+    """Return the one folder at or below `path` that holds a DICOM series; print a warning where it is not CT."""
     folders = [folder for folder, holds_slices in series_folders(path) if holds_slices]
     if len(folders) != 1:
         raise ValueError(f'{path}: {len(folders) or "no"} folders with DICOM slices in it; name the one of the series')
@@ -187,19 +190,19 @@ def series_folder(path):
     return folders[0]
 
 
-def training_orientation(told, snapshot):
-    """Axis codes of the arrays that a snapshot was trained on, or 'stored'; says in a line how that is known."""
-    codes, why = told, 'as asked'
-    if told and told.endswith('.json'):
-        geometry = load_geometry(told)
+def training_orientation(asked, snapshot):
+    """Return the axis codes of the arrays that a snapshot was trained on, or 'stored'; print how they are known."""
+    codes, why = asked, 'as asked'
+    if asked and asked.endswith('.json'):
+        geometry = load_geometry(asked)
         if geometry is None:
-            raise FileNotFoundError(f'{told}: no such geometry')
-        codes, why = axis_codes(geometry) or STORED, f'as {told} says'
-    elif not told:
+            raise FileNotFoundError(f'{asked}: no such geometry')
+        codes, why = axis_codes(geometry) or STORED, f'by {asked}'
+    elif not asked:
         *data, models, snapshots, _, _ = ['', '', *snapshot.absolute().parts]
         folder = Path(*data, 'geometry')
         files = sorted(folder.glob('*.json')) if (models, snapshots) == ('models', 'snapshots') else []
-        codes, why = NIH, "taken to be as NIH's, see --orientation"
+        codes, why = NIH, "assumed to be NIH's, see --orientation"
         if files:
             found = Counter(axis_codes(load_geometry(file)) or STORED for file in files)
             codes, count = found.most_common(1)[0]
@@ -209,12 +212,12 @@ def training_orientation(told, snapshot):
 
 
 def turns(geometry, codes):
-    """nibabel orientations that turn an array of this Geometry to lie as `codes` say, and back."""
+    """Return the nibabel orientations that turn an array of this Geometry to lie as `codes`, and back."""
     ours = axis_codes(geometry)
     if codes == STORED:
         print('input: its axes are taken as conversion stores them')
     elif not ours:
-        print('input: it does not say how it lies: its axes are taken as conversion stores them, transpose(1, 0, 2)')
+        print('input: has no position: its axes are taken as conversion stores them, transpose(1, 0, 2)')
     else:
         print(f'input: lies {ours} as stored, {"turned" if ours != codes else "not turned"}')
     if codes == STORED or not ours:
@@ -226,65 +229,39 @@ def turns(geometry, codes):
 # --- the prediction ------------------------------------------------------------------------------------------------
 
 
-class Look:
-    """The networks of three planes. Only those in use are in memory: of one snapshot a plane the fine ones stay,
-    of several each is read when its turn comes.
+def segment(image, snapshots, settings, rounds, stop_DSC, threshold):
+    """Return (mask uint8, probability float32) of `image` (W, H, L) HU after the last round that was needed.
+
+    snapshots: a list of paths for each plane; settings: PlaneSettings.
     """
-
-    def __init__(self, snapshots, thickness, margin, window, device, precision):
-        self.snapshots, self.thickness, self.margin = snapshots, thickness, margin
-        self.window, self.device, self.precision = window, device, precision
-        self.kept = {}
-
-    def coarse(self, image):
-        """Coarse probability of `image` (W, H, L) HU, stored and averaged as coarse testing does."""
-        planes = [to_bytes(self.plane('C', i, image)) for i in range(len(PLANES))]
-        self.kept.clear()
-        return coarse_probability(planes)
-
-    def predict(self, image, score, mask):
-        """Fine probability, given that of the previous round and its mask."""
-        planes = [self.plane('F', i, image, score=score, mask=mask) for i in range(len(PLANES))]
-        return sum(planes) / np.float32(len(planes))
-
-    def plane(self, TEST, i, image, **volumes):
-        """Mean probability of a plane's networks."""
-        paths = self.snapshots[i]
-        total = 0
-        for path in paths:
-            net = self.kept.get(i) or load_RSTN(path, TEST, self.thickness, self.margin, self.device, self.precision)
-            if len(paths) == 1:
-                self.kept[i] = net
-            total = total + predict_volume(net, image, PLANES[i], self.window, self.thickness, self.device, **volumes)
-        return total / np.float32(len(paths))
-
-
-def segment(image, look, rounds, stop_DSC, threshold):
-    """(mask uint8, probability float32) of `image` (W, H, L) HU after the last round that was needed."""
-    start = time.time()
-    score = look.coarse(image)
-    mask = (score >= threshold).astype(np.uint8)
-    print(f'coarse: {np.count_nonzero(mask)} voxels, {time.time() - start:.1f} s', flush=True)
-    done, start = 0, time.time()
-    looks = fine_rounds([look], image, score, mask, threshold, organ_ID=1)
-    for done, (probability, after) in zip(range(1, rounds + 1), looks):
-        inter, mask, score = agreement(mask, after), after, probability
-        print(f'round {done}: {inter.pred} voxels, inter-iteration DSC = {inter.value:.4f}, '
-              f'{time.time() - start:.1f} s', flush=True)  # fmt: skip
-        if inter.value >= stop_DSC:
+    begin = time.time()
+    coarse, fine = (
+        [PlaneTester(plane, paths, TEST, settings) for plane, paths in zip(PLANES, snapshots)] for TEST in 'CF'
+    )
+    volumes = []
+    for tester in coarse:
+        volumes.append(to_bytes(tester.predict(image)))
+        tester.release()
+    before = None
+    for done, (mask, probability) in enumerate(coarse_to_fine(volumes, fine, image, threshold, organ_ID=1)):
+        voxels, seconds = np.count_nonzero(mask), time.time() - begin
+        if before is None:
+            print(f'coarse: {voxels} voxels, {seconds:.1f} s', flush=True)
+        else:
+            inter = agreement(before, mask).value
+            print(f'round {done}: {voxels} voxels, inter-iteration DSC = {inter:.4f}, {seconds:.1f} s', flush=True)
+        if done == rounds or (before is not None and inter >= stop_DSC):
             break
-        start = time.time()
+        before, begin = mask, time.time()
     print(f'rounds used: {done}')
-    return mask, score
+    return mask, probability
 
 
 def print_volume(mask, geometry):
-    """Say how large the organ is, and warn where there is none."""
+    """Print the size of the organ, and a warning where there is none."""
     voxels = np.count_nonzero(mask)
     if not voxels:
-        print(
-            'warning: nothing found, the mask is empty; is it a scan like those of the training, and turned like them?'
-        )
+        print('warning: nothing found, the mask is empty; does the scan look, and lie, like those of the training?')
     ml = abs(np.linalg.det(geometry.affine[:3, :3])) / 1000 * voxels if known(geometry) else None
     print(f'volume: {voxels} voxels, ' + ('of unknown size' if ml is None else f'{ml:.1f} ml'))
 
