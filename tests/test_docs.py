@@ -77,6 +77,11 @@ def run_commands(commands, folder):
     return done.stdout
 
 
+@pytest.mark.parametrize('name', ['phantom.py', 'predict.py'])
+def test_the_scripts_that_draw_the_pictures_import_what_exists(name, generator):
+    assert generator['parser_of'](REPO / 'docs' / name)
+
+
 # --- links and names -----------------------------------------------------------------------------------------------
 
 
