@@ -1,6 +1,6 @@
 """A report on the test results and training logs of a data folder: DATA_PATH/report/index.html and summary.json.
 
-Reads results/, logs/, lists/, labels/, images/ and geometry/ of the data folder. What is missing or broken becomes a
+Reads results/, logs/, lists/, labels/, images/, geometry/ and dataset.json of the data folder. What is missing or broken becomes a
 line of the report. The page opens from disk, without a network or server. --reference compares it with the figures of
 a JSON file: {"name": "Yu et al. 2018", "coarse2fine": {"mean": 0.8462}}, or a former summary.json.
 """
@@ -42,7 +42,7 @@ def main():
         for part in ('charts', 'cases'):
             (folder / part).mkdir()
         reports = [RunReport(source, args, folder, i, *run).content() for i, run in enumerate(runs.items())]
-        charts = [loss_chart(folder, i, log) for i, log in enumerate(logs)]
+        charts = [loss_chart(source, folder, i, log) for i, log in enumerate(logs)]
         if reference and (line := reference.unused(reports)):
             source.notice(line)
         content = {'name': data.resolve().name, 'runs': reports, 'notices': source.notices}
@@ -80,14 +80,14 @@ def fresh_folder(path):
             shutil.rmtree(part, ignore_errors=True)
 
 
-def loss_chart(folder, index, log):
+def loss_chart(source, folder, index, log):
     """{file, title, text} of a training log's chart."""
     file = f'charts/log{index}.svg'
     write_chart(folder / file, draw_losses, (3.6, 2.7), log)
     last = {mode: (epoch, losses[2]) for (mode, epoch), losses in sorted(log.epochs.items())}
     text = ', '.join(f'{mode} {last[mode][1]:.4f} after epoch {last[mode][0]}' for mode in 'SIJ' if mode in last)
     name = re.fullmatch(r'FD(\d+):([XYZ])(\d+)_(\d+)_?(.*)', log.name)
-    title = f'Fold {name[1]}, plane {name[2]}, organ {name[4]} {name[5]}' if name else log.name
+    title = f'Fold {name[1]}, plane {name[2]}, {source.organ_title(int(name[4]))} {name[5]}' if name else log.name
     return {'file': file, 'title': title.strip(), 'text': text or 'no epoch finished'}
 
 
@@ -106,7 +106,7 @@ def summary(name, runs, notices):
         in_mm = next((part for part in run['distances'] if part['unit'] == 'mm' and part['cases']), None)
         results |= {key: {'all': spread._asdict()} for key, spread in in_mm['measures'].items()} if in_mm else {}
         cases = [{k: v for k, v in case.items() if k not in ('planes', 'id')} for case in run['cases']]
-        settings = {key: run[key] for key in ('organ', 'settings', 'thickness', 'epoch', 'folds')}
+        settings = {key: run[key] for key in ('organ', 'organ_name', 'settings', 'thickness', 'epoch', 'folds')}
         kept.append(settings | {'results': results, 'cases': cases})
     return code() | {'name': name, 'NSD_tolerance': TOLERANCE, 'runs': kept, 'notices': notices}
 

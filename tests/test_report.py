@@ -1,10 +1,12 @@
 """report.py: what it measures, what it says of results that are half there, and its page in a real browser."""
 
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
+import signal
 
 import golden_case
 import numpy as np
@@ -13,7 +15,7 @@ import surface_distance
 from conftest import write_case
 
 from report import number, percent
-from reporting.data import parse_log
+from reporting.data import parse_log, read_label_names
 from reporting.measures import Surfaces, compare_surfaces, joint_box, spread
 from reporting.pictures import anatomy, chosen_slices, contour_path, remarks, thinned, upright
 from reporting.reference import Reference, figures
@@ -456,6 +458,83 @@ BROKEN = {
     'a foreign folder': (f'{COARSE}/my copy', lambda f: f.mkdir(), 'my copy: left out, not the name of'),
     'an empty result folder': (f'{COARSE}/FD1:XJ3_1.pkl', lambda f: f.mkdir(), 'XJ3_1.pkl: left out, it holds no result'),
 }  # fmt: skip
+
+
+SPLEEN = {
+    'nnU-Net': {'channel_names': {'0': 'CT'}, 'labels': {'background': 0, 'spleen & co': 1, 'both': [1, 2]}},
+    'Decathlon': {'name': 'Spleen', 'labels': {'0': 'background', '1': 'spleen & co'}},
+}
+
+
+@pytest.mark.parametrize('kind', SPLEEN)
+def test_organs_have_the_names_of_dataset_json(golden, report, kind):
+    (golden / 'dataset.json').write_text(json.dumps(SPLEEN[kind]))
+    out, summary, page = report(golden)
+    assert summary['runs'][0]['organ_name'] == 'spleen & co'
+    assert 'Organ 1 (spleen &amp; co): coarse to fine' in page
+    assert 'Fold 0, plane Z, organ 1 (spleen &amp; co) 20261123_000000' in page
+    assert 'organ 1 (spleen & co): fold 0, 0001: DSC' in out
+    assert read_label_names(golden / 'dataset.json') == {0: 'background', 1: 'spleen & co'}
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"labels": 5}', '{"labels": {"2": ["b"], "9999": "c", "d": -1, "1": 1}}'])
+def test_a_dataset_json_without_names_changes_nothing(golden, report, text):
+    (golden / 'dataset.json').write_text(text)
+    _, summary, page = report(golden)
+    assert 'Organ 1: coarse to fine' in page
+    assert summary['runs'][0]['organ_name'] is None
+
+
+def fifo(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def device(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to('/dev/zero')
+
+
+def huge(path):
+    path.touch()
+    os.truncate(path, 3 << 30)
+
+
+ENDLESS = {
+    'results': ['logs/FD0:Z3_1_20261123_000000.txt', TXT, 'dataset.json'],
+    'results.json': [JSON],
+    'volumes': [TXT.replace('results.txt', 'run.json'), R2, 'geometry/0001.json'],
+    'lists': ['lists/testing_FD0.txt'],
+}
+
+
+@pytest.mark.parametrize('make', [fifo, device, huge])
+@pytest.mark.parametrize('what', ENDLESS)
+def test_a_file_without_an_end_becomes_a_line(golden, report, what, make):
+    os.utime(golden / TXT, (1, 1))  # older than /dev/zero
+    for file in ENDLESS[what]:
+        make(golden / file)
+    with time_limit(60):
+        _, summary, _ = report(golden)
+    for file in ENDLESS[what]:
+        assert any(file in notice for notice in summary['notices']), (file, summary['notices'])
+    assert summary['runs'][0]['results']['coarse_Z']['all']['cases'] == 2
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Fail instead of hanging."""
+
+    def stop(*_):
+        raise TimeoutError(f'not done after {seconds} s')
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
 
 
 @pytest.mark.parametrize('what', BROKEN)

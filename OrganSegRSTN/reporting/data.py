@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from running.data_folder import read_cases
-from running.files import open_file
+from running.files import open_file, read_json
 from scans.geometry import geometry_file, load_geometry
 
 MOST_TEXT = 1 << 25  # bytes read of a log or results.txt; the longest training writes a third of it
@@ -20,6 +20,7 @@ class Source:
         self.path = Path(data_path)
         self.notices = []
         self.cases = functools.cache(self._cases)
+        self.label_names = self.attempt(read_label_names, self.path / 'dataset.json') or {}
 
     def notice(self, text):
         """Print a line, and keep it for the report."""
@@ -44,6 +45,10 @@ class Source:
         case = self.cases(fold).get(number)
         return Path(case.image_file).stem if case else f'case {number} of fold {fold}'
 
+    def organ_title(self, organ):
+        """`organ 1 (spleen)`, or `organ 1` if dataset.json does not name it."""
+        return f'organ {organ} ({self.label_names[organ]})' if organ in self.label_names else f'organ {organ}'
+
     def label(self, fold, number, organ):
         """Where the organ is, bool (W, H, L), or None."""
         case = self.cases(fold).get(number)
@@ -58,6 +63,22 @@ class Source:
         """The Geometry of the stored arrays, or None if it is unknown."""
         found = self.attempt(load_geometry, geometry_file(self.path, self.case_name(fold, number)))
         return None if found is None or found.holds == 'nothing' else found
+
+
+def read_label_names(path):
+    """{organ: name} of a dataset.json, nnU-Net's {"spleen": 1} or Decathlon's {"1": "spleen"}; {} without one."""
+    try:
+        labels = read_json(path).get('labels', {}).items()
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'{path}: no label names ({error})') from None
+    pairs = [pair if re.fullmatch('[0-9]{1,3}', pair[0]) else (pair[1], pair[0]) for pair in labels]
+    return {
+        int(organ): name
+        for organ, name in pairs
+        if re.fullmatch('[0-9]{1,3}', str(organ)) and isinstance(name, str) and name.isprintable()
+    }
 
 
 def text_lines(path):

@@ -38,6 +38,8 @@ class RunReport:
         return {
             'id': f'run{self.index}',
             **self.run._asdict(),
+            'organ_name': self.source.label_names.get(self.run.organ),
+            'organ_title': self.source.organ_title(self.run.organ),
             'folds': sorted({case['fold'] for case in cases}),
             'rows': rows,
             'main': [row for row in rows if row['key'] in MAIN] or rows,
@@ -87,7 +89,7 @@ class RunReport:
             **dict(zip(DISTANCES, surfaces or [None] * 3)),
             'surfaces': how_measured(surfaces, dice),
         }
-        print(f'{self.run.settings} organ {self.run.organ}: {case_line(case)}', flush=True)
+        print(f'{self.run.settings} {self.source.organ_title(self.run.organ)}: {case_line(case)}', flush=True)
         window = self.source.attempt(tested.intensity_window) or (self.args.low_range, self.args.high_range)
         return case | {'planes': self.pictures(case['id'], image, masks, geometry, window)}
 
