@@ -2,7 +2,8 @@
 
 Reads results/, logs/, lists/, labels/, images/, geometry/ and dataset.json of the data folder. What is missing or broken becomes a
 line of the report. The page opens from disk, without a network or server. --reference compares it with the figures of
-a JSON file: {"name": "Yu et al. 2018", "coarse2fine": {"mean": 0.8462}}, or a former summary.json.
+a JSON file: {"name": "Yu et al. 2018", "coarse2fine": {"mean": 0.8462}}, or a former summary.json; without it NIH
+Pancreas-CT is compared with the published figures in logs/published.json.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import jinja2
 from reporting.data import Source, read_logs
 from reporting.measures import TOLERANCE
 from reporting.pictures import COLOURS, COLUMNS, draw_losses, write_chart
-from reporting.reference import Reference
+from reporting.reference import published_references, read_references
 from reporting.runs import RunReport
 from reporting.scores import AGREEMENTS, read_results
 from running import arguments, script
@@ -31,7 +32,7 @@ def main():
     data = Path(args.data_path)
     if not data.is_dir():
         raise FileNotFoundError(f'{data}: no such folder')
-    reference = Reference(args.reference) if args.reference else None
+    references = read_references(args.reference) if args.reference else []
     source = Source(data)
     runs, logs = read_results(source), read_logs(source)
     if not runs and not logs:
@@ -43,11 +44,13 @@ def main():
             (folder / part).mkdir()
         reports = [RunReport(source, args, folder, i, *run).content() for i, run in enumerate(runs.items())]
         charts = [loss_chart(source, folder, i, log) for i, log in enumerate(logs)]
-        if reference and (line := reference.unused(reports)):
+        for line in filter(None, (reference.unused(reports) for reference in references)):
             source.notice(line)
+        published = [] if references or not reports else published_references(source)
         content = {'name': data.resolve().name, 'runs': reports, 'notices': source.notices}
         write_json(folder / 'summary.json', summary(**content))
-        (folder / 'index.html').write_text(render(**content, logs=charts, reference=reference), encoding='utf-8')
+        page = render(**content, logs=charts, references=references or published, published=bool(published))
+        (folder / 'index.html').write_text(page, encoding='utf-8')
     size = sum(file.stat().st_size for file in (data / 'report').rglob('*') if file.is_file())
     print(f'written: {data / "report" / "index.html"} ({size / 1e6:.1f} MB with its pictures)')
 

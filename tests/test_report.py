@@ -18,7 +18,7 @@ from report import number, percent
 from reporting.data import parse_log, read_label_names
 from reporting.measures import Surfaces, compare_surfaces, joint_box, spread
 from reporting.pictures import anatomy, chosen_slices, contour_path, remarks, thinned, upright
-from reporting.reference import Reference, figures
+from reporting.reference import PUBLISHED, figures, read_references
 from reporting.runs import title
 from running.files import save_volume
 from scans.geometry import Geometry, geometry_file, save_geometry
@@ -595,9 +595,10 @@ def test_a_reference_stands_beside(golden, report, tmp_path):
 def test_a_former_summary_is_a_reference(golden, report, tmp_path):
     report(golden)
     former = shutil.copy(golden / 'report' / 'summary.json', tmp_path / 'former.json')
-    reference = Reference(former)
-    assert reference(1, 'coarse2fine')['mean'] == 0.5237438635803298
-    assert reference(1, 'NSD').keys() == {'mean', 'std', 'min', 'max'}
+    (reference,) = read_references(former)
+    assert reference(1, 'coarse2fine', [0])['mean'] == 0.5237438635803298
+    assert reference(1, 'coarse2fine', [0, 1]) == {}
+    assert reference(1, 'NSD', [0]).keys() == {'mean', 'std', 'min', 'max', 'cases'}
     _, _, page = report(golden, '--reference', former)
     assert page.count('52.37 ± 3.01') > 2
 
@@ -607,7 +608,7 @@ def test_a_former_summary_is_a_reference(golden, report, tmp_path):
     [
         ('', 'not a reference'),
         ('[1]', 'not a reference'),
-        ('{"name": "x"}', 'holds no figures'),
+        ('{"name": "x"}', 'it holds no figures'),
         ('{"coarse2fine": {"mean": 84.62}}', '84.62 is not a number from 0 to 1, as 0.8462'),
         ('{"coarse2fine": {"mean": "much"}}', "'much' is not a number"),
         ('{"runs": [1]}', 'not a reference'),
@@ -624,8 +625,87 @@ def test_what_is_no_reference_is_one_line(golden_data, call, tmp_path, text, mes
     assert len(done.err.splitlines()) == 1
 
 
+def test_folds_are_compared_with_the_same_folds(tmp_path):
+    file = tmp_path / 'reference.json'
+    folds = {'0': {'mean': 0.8, 'std': 0.1, 'cases': 20}, '1': {'mean': 0.5, 'cases': 10}, '2': {'mean': None}}
+    file.write_text(json.dumps({'coarse2fine': {'folds': folds}}))
+    (reference,) = read_references(file)
+    assert reference(1, 'coarse2fine', [0]) == {'mean': 0.8, 'std': 0.1, 'cases': 20}
+    assert reference(1, 'coarse2fine', [0, 1]) == {'mean': pytest.approx(0.7)}
+    assert reference(1, 'coarse2fine', [1, 2]) == {}
+    assert reference.of_fold(1, 'coarse2fine', 1)['mean'] == 0.5
+
+
+def write_nih(data, cases=range(1, 83), organs=1):
+    """Lists of four folds of such cases, and results of coarse to fine in folds 0 and 2: a DSC of 0.8 and 0.6."""
+    names = [f'{case:04d}' for case in cases]
+    (data / 'lists').mkdir(parents=True)
+    (data / 'lists' / 'training_X.txt').write_text(f'0 0 a b 1.5{" 0" * 5 * organs}\n')
+    sizes = [len(names) // 4 + (fold >= 4 - len(names) % 4) for fold in range(4)]
+    for fold in range(4):
+        tested = range(sum(sizes[:fold]), sum(sizes[: fold + 1]))
+        lines = [f'{i} images/{names[i]}.npy labels/{names[i]}.npy\n' for i in tested]
+        (data / 'lists' / f'testing_FD{fold}.txt').write_text(''.join(lines))
+        if fold in (0, 2):
+            folder = data / RESULTS / ROUNDS.replace('FD0', f'FD{fold}')
+            folder.mkdir(parents=True)
+            scores = {'R0': counts(None, 8 if fold == 0 else 6, 10, 10)}
+            content = [
+                {'number': n, 'image_file': f'images/{names[i]}.npy', 'scores': scores} for n, i in enumerate(tested, 1)
+            ]
+            (folder / 'results.json').write_text(json.dumps({'stage': 'coarse2fine', 'cases': content}))
+    return data
+
+
+def column(page, name):
+    """What the table of results has in the column `name` for coarse to fine: all folds, then each fold."""
+    table = page[page.index('<th scope="col">Result</th>') :].partition('</table>')[0]
+    place = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', table).index(name) - 1
+    rows = table[table.index('<tbody class="main">') :].split('<tr')[1:]
+    return [re.findall(r'<td[^>]*>(.*?)</td>', row, re.S)[place + (i > 0)].strip() for i, row in enumerate(rows)]
+
+
+def test_nih_stands_beside_the_published_figures(report, tmp_path):
+    _, _, page = report(write_nih(tmp_path / 'data'))
+    assert column(page, 'Mean ± std (%)')[1:] == ['80.00 ± 0.00', '60.00 ± 0.00']
+    assert column(page, 'published, PyTorch') == ['–', '84.62 ± 6.62', '']
+    of_both = (84.44 * 20 + 84.12 * 21) / 41
+    assert column(page, 'published, Caffe v2.0') == [f'{of_both:.2f}', '84.44', '84.12']
+    assert column(page, 'fixed-point model')[1:] == ['83.65', '82.20']
+
+
+def test_of_80_nih_cases_only_fold_0_is_the_published_one(report, tmp_path):
+    cases = [case for case in range(1, 83) if case not in (25, 70)]
+    _, _, page = report(write_nih(tmp_path / 'data', cases))
+    assert column(page, 'published, Caffe v2.0') == ['–', '84.44', '']
+
+
+NOT_NIH = {
+    'another number of cases': {'cases': range(1, 82)},
+    'other names': {'cases': range(101, 183)},
+    'two organs': {'organs': 2},
+}
+
+
+@pytest.mark.parametrize('what', [*NOT_NIH, 'a spleen', 'a reference'])
+def test_other_data_does_not_stand_beside_nih(report, tmp_path, what):
+    data = write_nih(tmp_path / 'data', **NOT_NIH.get(what, {}))
+    if what == 'a spleen':
+        (data / 'dataset.json').write_text('{"labels": {"spleen": 1}}')
+    (tmp_path / 'reference.json').write_text('{"name": "ours", "coarse2fine": {"mean": 0.5}}')
+    options = ['--reference', tmp_path / 'reference.json'] if what == 'a reference' else []
+    _, _, page = report(data, *options)
+    assert '84.44' not in page and 'published' not in page
+    assert ('50.00' in page) == bool(options)
+
+
+def test_the_published_file_is_itself_a_reference(golden, report):
+    _, _, page = report(golden, '--reference', PUBLISHED)
+    assert column(page, 'published, PyTorch') == ['84.62 ± 6.62']
+
+
 def test_distances_of_a_reference_may_be_above_one():
-    assert figures('HD95', {'mean': 5.2, 'cases': 20}) == {'mean': 5.2}
+    assert figures('HD95', {'mean': 5.2, 'cases': 20}) == {'mean': 5.2, 'cases': 20}
 
 
 # --- slices --------------------------------------------------------------------------------------------------------

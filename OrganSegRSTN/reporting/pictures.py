@@ -78,7 +78,7 @@ def draw_rounds(axes, cases):
     axes.plot([], [], color=FAINT, lw=0.8, label='a case')
     axes.plot(np.nanmean(filled, axis=0), color=INK, lw=2.2, marker='o', ms=4, label='mean')
     axes.legend(frameon=False, loc='lower right')
-    axes.set(xlabel='round', ylabel='DSC (%)', ylim=(-2, 102))
+    axes.set(xlabel='round', ylabel='DSC (%)', xlim=(-0.2, max(rounds - 1, 1) + 0.2), ylim=(-2, 102))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
