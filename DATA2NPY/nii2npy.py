@@ -7,7 +7,7 @@ labels/NAME.nii.gz or labelsTr/NAME.nii.gz; images are images/NAME.nii.gz or ima
 folder, or a pattern in quotes whose last * is the case: --images 'scans/*_ct.nii.gz'. OUT (default: RAW) is the data
 folder; a label whose image is not here in NIfTI belongs to OUT/images/CASE.npy, as dicom2npy.py wrote it.
 
-A label is turned onto its image's axes, never resampled: by the two affines where both say how, else by the published
+A label is turned onto its image's axes, never resampled: by the two affines if both say how, else by the published
 transpose(1, 0, 2). A case that fails is named, the others are converted, and the exit code is 1.
 """
 
@@ -43,23 +43,23 @@ NIFTI = re.compile(r'\.nii(\.gz)?$')
 
 
 def find_files(pattern):
-    """{case: [path, ...]} of the NIfTI files that match a pattern; what its last * stands for is the case."""
+    """Return {case: [path, ...]} of the NIfTI files that match a pattern; its last * stands for the case."""
     parts = Path(pattern).parts
     place = max(i for i, part in enumerate(parts) if '*' in part)
     named = re.sub(r'\.nii(\.gz|\*)?$', '', parts[place]).split('*')
     if len(named) == 1:
         raise ValueError(f'{pattern}: no * in it that stands for the case')
-    told = re.compile('(.*)'.join(map(re.escape, named)), re.DOTALL)
+    named = re.compile('(.*)'.join(map(re.escape, named)), re.DOTALL)
     cases = defaultdict(list)
     for path in sorted(map(Path, glob.glob(pattern))):
-        match = told.fullmatch(NIFTI.sub('', path.parts[place]))
+        match = named.fullmatch(NIFTI.sub('', path.parts[place]))
         if match and NIFTI.search(path.name):
             cases[case_name(match[match.lastindex])].append(path)
     return cases
 
 
 def find(raw, where, places):
-    """{case: [path, ...]} of the NIfTI files `where` the user says, else in the usual places of `raw`."""
+    """Return {case: [path, ...]} of the NIfTI files in `where`, else in the usual places of `raw`."""
     if where is None:
         patterns = [os.path.join(glob.escape(raw), place, '*') for place in places]
     elif os.path.isdir(where):
@@ -78,7 +78,7 @@ def find(raw, where, places):
 
 
 def without_channel(images, labels):
-    """The images, those of nnU-Net's NAME_0000 under NAME where that is a label's name."""
+    """Return the images with nnU-Net's NAME_0000 under NAME, if that is a label's name."""
     return {
         case.removesuffix('_0000') if case.removesuffix('_0000') in labels else case: paths
         for case, paths in images.items()
@@ -86,7 +86,7 @@ def without_channel(images, labels):
 
 
 def convert_case(out, case, images, labels, orientation):
-    """Read what there is of a case, then write it: nothing is written where the image or the label is wrong."""
+    """Read the image and the label of a case, then write them; nothing is written if one of them is wrong."""
     scan = read_nifti_image(only_one(case, images), speaker(case)) if images else None
     if scan is None and not image_file(out, case).exists():
         print(f'{case}: a label without an image, skipped')
@@ -107,14 +107,16 @@ def convert_case(out, case, images, labels, orientation):
 
 
 def main():
-    made = Parser(__doc__)
-    made.add_argument('raw', metavar='RAW', nargs='?', default='.', help='folder with the NIfTI files')
-    made.add_argument('out', metavar='OUT', nargs='?', help='data folder to write to (RAW)')
-    made.add_argument('--images', metavar='WHERE', help='folder or pattern of the images')
-    made.add_argument('--labels', metavar='WHERE', help='folder or pattern of the labels')
+    parser = Parser(__doc__)
+    parser.add_argument('raw', metavar='RAW', nargs='?', default='.', help='folder with the NIfTI files')
+    parser.add_argument('out', metavar='OUT', nargs='?', help='data folder to write to (RAW)')
+    parser.add_argument('--images', metavar='WHERE', help='folder or pattern of the images')
+    parser.add_argument('--labels', metavar='WHERE', help='folder or pattern of the labels')
     ways = ('auto', 'affine', 'published')
-    made.add_argument('--orientation', choices=ways, default='auto', help='how a label is turned onto its image (auto)')
-    args = made.parse_args()
+    parser.add_argument(
+        '--orientation', choices=ways, default='auto', help='how a label is turned onto its image (auto)'
+    )
+    args = parser.parse_args()
     raw, out = existing_folder(args.raw), args.out or args.raw
     labels = find(raw, args.labels, LABELS)
     images = without_channel(find(raw, args.images, IMAGES), labels)

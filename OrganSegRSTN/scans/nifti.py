@@ -1,4 +1,4 @@
-"""Predictions as NIfTI files, to open over their scan in 3D Slicer or ITK-SNAP."""
+"""NIfTI files: images and labels to convert, and predictions to open over their scan in 3D Slicer or ITK-SNAP."""
 
 import contextlib
 import gzip
@@ -10,46 +10,56 @@ import nibabel as nib
 import numpy as np
 
 from running.files import MOST_VOXELS, atomic_write, open_file
-from scans.geometry import DEFLATE_AT_BEST, Geometry, Scan, geometry_file, lays_out, load_geometry, stack_slices
+from scans.geometry import Geometry, Scan, geometry_file, known, lays_out, load_geometry
+from scans.voxels import DEFLATE_AT_BEST, stack_slices
 
-GRID = (  # the fields of a NIfTI header that lay its array into the patient
+GRID = (  # the fields of a NIfTI header that place its array in the patient
     'pixdim xyzt_units qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z '
     'srow_x srow_y srow_z'
 ).split()
+FARTHEST = 1 << 24  # bytes that a NIfTI file may hold before its array
 
 
-def add_option(made):
-    """--nifti, for a stage that calls `export`."""
-    made.add_argument('--nifti', action='store_true', help='write the final predictions as .nii.gz, too')
+def is_nifti_name(path):
+    """Return whether a path ends like a NIfTI file."""
+    return str(path).endswith(('.nii', '.nii.gz'))
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def add_option(parser):
+    """Add --nifti, for a stage that calls `export`."""
+    parser.add_argument('--nifti', action='store_true', help='write the final predictions as .nii.gz, too')
 
 
 def export(args, npz, mask, case):
-    """Where --nifti was given: write the mask (W, H, L) of a utils.Case beside its .npz, axes as in the array."""
+    """With --nifti, write the mask (W, H, L) of a Case beside its .npz, axes as in the array."""
     if getattr(args, 'nifti', False):
         write_on_scan(npz.with_suffix('.nii.gz'), mask, case, args.data_path)
 
 
 def write_on_scan(path, volume, case, data_path):
-    """Write a volume (W, H, L) of a utils.Case as uint8, where geometry/CASE.json says that its array lies."""
+    """Write a volume (W, H, L) of a Case as uint8, placed as geometry/CASE.json says."""
     name = Path(case.image_file).stem
     geometry = load_geometry(geometry_file(data_path, name))
     if not known(geometry):
-        _say_unplaced(name)
+        _warn_unplaced(name)
     write_nifti(path, volume.astype(np.uint8), affine_header(geometry))
 
 
-def known(geometry):
-    """Whether a Geometry (or None) says anything about its array."""
-    return geometry is not None and geometry.holds != 'nothing'
+_said_unplaced = False
 
 
-def axis_codes(geometry):
-    """Where the axes of an array run to in the patient, such as PLI (back, left, down); '' where that is not known."""
-    return ''.join(nib.aff2axcodes(geometry.affine)) if geometry and geometry.holds == 'position' else ''
+def _warn_unplaced(case):
+    global _said_unplaced
+    if not _said_unplaced:
+        print(f'{case}: no geometry/{case}.json that says where it lies: its .nii.gz is in voxels (said once)')
+    _said_unplaced = True
 
 
 def affine_header(geometry):
-    """Header of a file whose array has this Geometry; where that is not known, the identity."""
+    """Return the header of a file whose array has this Geometry; the identity if it is not known."""
     header = nib.Nifti1Header()
     header.set_xyzt_units('mm')
     if known(geometry):
@@ -61,20 +71,15 @@ def affine_header(geometry):
 
 
 def grid_header(path):
-    """Header of a file on the very grid of the NIfTI file at `path`: and nothing else of it."""
+    """Return a header with the grid of the NIfTI file at `path` and nothing else of it."""
     source, header = nifti_header(path), nib.Nifti1Header()
     for field in GRID:
         header[field] = source[field]
     return header
 
 
-def is_nifti_name(path):
-    """Whether a path ends as a NIfTI file's does."""
-    return str(path).endswith(('.nii', '.nii.gz'))
-
-
 def write_nifti(path, array, header):
-    """Write a 3D array as .nii or .nii.gz; the same array gives the same bytes, and the file appears when complete."""
+    """Write a 3D array as .nii or .nii.gz; the same array gives the same bytes."""
     header.set_data_dtype(array.dtype)
     image = nib.Nifti1Image(array, None, header)
     with atomic_write(path) as file:
@@ -85,18 +90,39 @@ def write_nifti(path, array, header):
             image.to_stream(file)
 
 
-_said_unplaced = False
+# --- reading -------------------------------------------------------------------------------------------------------
 
 
-def _say_unplaced(case):
-    global _said_unplaced
-    if not _said_unplaced:
-        print(f'{case}: no geometry/{case}.json that says where it lies: its .nii.gz is in voxels (said once)')
-    _said_unplaced = True
+def read_nifti_image(path, say=print):
+    """Read an image as a Scan, stored as published, transpose(1, 0, 2); `say` prints what was changed."""
+    values, geometry = read_nifti(path)
+    if not known(geometry):
+        say('its header gives no affine (sform and qform codes are 0)')
+    return Scan(stack_slices(values.T, values.T.shape, path, say), geometry.transposed())
+
+
+def read_nifti_label(path):
+    """Read a label: (uint8 array, its Geometry), axes as in the file; ValueError if a value is not 0, 1 ... 255."""
+    values, geometry = read_nifti(path)
+    with np.errstate(invalid='ignore'):
+        label = values.astype(np.uint8)
+    wrong = values[label != values]
+    if wrong.size:
+        raise ValueError(f'{path}: {wrong[0]} is not an organ; a label holds whole numbers from 0 to 255')
+    return label, geometry
+
+
+def read_nifti(path):
+    """Read (array of numbers, Geometry) of a 3D file, axes as in the file."""
+    with _readable(path):
+        header = nifti_header(path)
+    _check_size(header, path)
+    with _readable(path):
+        return np.asanyarray(nib.arrayproxy.ArrayProxy(path, header)), nifti_geometry(header, path)
 
 
 def nifti_header(path):
-    """The header of a NIfTI file, without its extensions, which may claim any size; ValueError where it is none."""
+    """Read the header without its extensions, which may claim any size; ValueError if there is none."""
     with open_file(path) as file:
         block = (gzip.GzipFile(fileobj=file) if str(path).endswith('.gz') else file).read(1024)
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
@@ -106,7 +132,7 @@ def nifti_header(path):
 
 
 def nifti_geometry(header, path):
-    """Geometry of a NIfTI file's array, axes as in the file, by its nibabel header."""
+    """Return the Geometry of an array, axes as in its file, from its nibabel header."""
     affine = np.asarray(header.get_best_affine(), float)
     coded = header['sform_code'] > 0 or header['qform_code'] > 0
     if not (coded and lays_out(affine)):
@@ -118,40 +144,9 @@ def nifti_geometry(header, path):
     return Geometry(affine, holds, str(path), 'NIfTI')
 
 
-FARTHEST = 1 << 24  # bytes that a NIfTI file may hold before its array
-
-
-def read_nifti_image(path, say=print):
-    """A NIfTI image as a Scan, stored as published, transpose(1, 0, 2); `say` as for read_series."""
-    values, geometry = read_nifti(path)
-    if geometry.holds == 'nothing':
-        say('its header gives no affine (sform and qform codes are 0)')
-    return Scan(stack_slices(values.T, values.T.shape, path, say), geometry.transposed())
-
-
-def read_nifti_label(path):
-    """A NIfTI label: (uint8 array, its Geometry), axes as in the file; ValueError where a value is not 0, 1 ... 255."""
-    values, geometry = read_nifti(path)
-    with np.errstate(invalid='ignore'):
-        label = values.astype(np.uint8)
-    wrong = values[label != values]
-    if wrong.size:
-        raise ValueError(f'{path}: {wrong[0]} is not an organ; a label holds whole numbers from 0 to 255')
-    return label, geometry
-
-
-def read_nifti(path):
-    """(array of numbers, Geometry) of a 3D NIfTI file, axes as in the file."""
-    with _readable(path):
-        header = nifti_header(path)
-    _check_claims(header, path)
-    with _readable(path):
-        return np.asanyarray(nib.arrayproxy.ArrayProxy(path, header)), nifti_geometry(header, path)
-
-
 @contextlib.contextmanager
 def _readable(path):
-    """Whatever nibabel, zlib and gzip raise about a broken file, as one ValueError that names it."""
+    """Raise whatever nibabel, zlib and gzip raise about a broken file as one ValueError that names it."""
     try:
         yield
     except FileNotFoundError:
@@ -160,8 +155,8 @@ def _readable(path):
         raise ValueError(f'{path}: not a readable NIfTI file; is it truncated? ({error})') from None
 
 
-def _check_claims(header, path):
-    """Refuse, before memory is taken, what is not 3D numbers or claims more voxels than the file can hold."""
+def _check_size(header, path):
+    """Refuse, before memory is allocated, what is not 3D numbers or asks for more voxels than the file can hold."""
     with _readable(path):
         shape, kind, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
     if len(shape) != 3 or min(shape) < 1:
@@ -169,7 +164,7 @@ def _check_claims(header, path):
     if kind.kind not in 'iufb':
         raise ValueError(f'{path}: it holds {kind}, not plain numbers')
     if offset > FARTHEST:
-        raise ValueError(f'{path}: its header claims that the voxels begin at byte {offset}, which no scan needs')
+        raise ValueError(f'{path}: its header says that the voxels begin at byte {offset}, which no scan needs')
     voxels = math.prod(shape)
     room = os.path.getsize(path) * (DEFLATE_AT_BEST if str(path).endswith('.gz') else 1)
     if voxels > MOST_VOXELS or offset + voxels * kind.itemsize > room:
