@@ -14,7 +14,7 @@ import numpy as np
 from running import arguments, script
 from running.data_folder import case_names, check_case
 from running.files import atomic_write, load_array
-from scans.geometry import Geometry, axis_codes, geometry_file, known, load_geometry
+from scans.geometry import Geometry, axis_codes, check_partners, geometry_file, known, load_geometry
 from scans.voxels import intensity_doubts, share_outside
 from utils import is_organ
 
@@ -88,8 +88,11 @@ def main():
     if not any(organ.voxels for case in cases for organ in case.organs):
         errors.add('there is no organ in any label')
     warnings.show('warning')
-    for organ_ID in range(1, args.organ_number + 1) if cases else ():
-        contact_sheet(args, cases, organ_ID)
+    try:
+        for organ_ID in range(1, args.organ_number + 1) if cases else ():
+            contact_sheet(args, cases, organ_ID)
+    except OSError as error:  # such as a read-only data folder
+        errors.add(f'no picture: {error}')
     errors.show('error')
     print(f'{len(cases)} cases looked at: {len(warnings)} kinds of warnings, {len(errors)} errors')
     return 1 if errors else 0
@@ -102,6 +105,7 @@ def measure_case(args, name, warnings):
     """Return the CaseFigures of a name and add its warnings; ValueError or OSError if init.py would stop at it."""
     data, intensity_window = Path(args.data_path), (args.low_range, args.high_range)
     image, label = (load_array(data / kind / f'{name}.npy') for kind in ('images', 'labels'))
+    check_partners(data, name, image, label)
     label = check_case(name, image, label, args.organ_number)
     geometry = load_geometry(geometry_file(data, name))
     for doubt in intensity_doubts(image, *intensity_window):

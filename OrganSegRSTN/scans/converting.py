@@ -1,12 +1,24 @@
 """What dicom2npy.py and nii2npy.py share: case names, writing a case, and going on when a case fails."""
 
+import contextlib
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from running.data_folder import name_fault
-from running.files import LEFTOVERS, atomic_write, locked, write_array
-from scans.geometry import geometry_file, save_geometry
+from running.files import LEFTOVERS, atomic_write, load_array, locked, write_array
+from scans.geometry import (
+    Geometry,
+    checksum,
+    geometry_file,
+    known,
+    load_geometry,
+    read_record,
+    save_geometry,
+    write_record,
+)
 
 
 def case_name(text):
@@ -42,22 +54,52 @@ def save_array(path, array):
         write_array(file, array)
 
 
-def save_scan(data_path, case, scan):
-    """Write geometry/CASE.json, if known, and images/CASE.npy; print a line."""
-    where = geometry_file(data_path, case)
-    if scan.geometry:
-        save_geometry(where, scan.geometry)
-    else:
-        where.unlink(missing_ok=True)
+def save_scan(data_path, case, scan, label=None):
+    """Write geometry/CASE.json and images/CASE.npy; print a line. `label`, if given, is saved next; else one that is there and
+    was made for another image is named.
+    """
+    geometry = scan.geometry or Geometry(np.eye(4), 'nothing', str(image_file(data_path, case)), 'unknown')
+    partners = {'shape': scan.image.shape, 'image_crc32': checksum(scan.image)}
+    if label is not None:
+        partners['label_crc32'] = checksum(label)
+    elif label_file(data_path, case).exists():
+        partners |= _partner_label(data_path, case, geometry, partners['image_crc32'])
+    save_geometry(geometry_file(data_path, case), geometry, **partners)
     save_array(image_file(data_path, case), scan.image)
-    spacing = ' x '.join(f'{s:.3g}' for s in scan.geometry.spacing) + ' mm' if scan.geometry else 'unknown spacing'
+    spacing = ' x '.join(f'{s:.3g}' for s in geometry.spacing) + ' mm' if known(geometry) else 'unknown spacing'
     size = ' x '.join(map(str, scan.image.shape))
     print(f'{case}: image {size}, {spacing}, {scan.image.min()} to {scan.image.max()} HU')
+
+
+def save_label(data_path, case, label):
+    """Write labels/CASE.npy and its checksum into geometry/CASE.json, if its image has one."""
+    save_array(label_file(data_path, case), label)
+    path = geometry_file(data_path, case)
+    if content := read_record(path):
+        write_record(path, content | {'label_crc32': checksum(label)})
+
+
+def _partner_label(data_path, case, geometry, image_crc32):
+    """Return the record of the label that is there when an image is converted: null, with a line, if of another image."""
+    image, record = image_file(data_path, case), geometry_file(data_path, case)
+    with contextlib.suppress(ValueError):  # nothing is known of what is broken
+        content, former = read_record(record), load_geometry(record)
+        former_crc32 = content.get('image_crc32') or (checksum(load_array(image)) if image.exists() else image_crc32)
+        alike = former is None or (former.holds == geometry.holds and np.allclose(former.affine, geometry.affine))
+        if alike and former_crc32 == image_crc32 and content.get('label_crc32', 0) is not None:
+            return {key: content[key] for key in ('label_crc32',) if key in content}
+    print(f'{case}: labels/{case}.npy was made for another images/{case}.npy: convert it again')
+    return {'label_crc32': None}
 
 
 def image_file(data_path, case):
     """Return the path of images/CASE.npy in the data folder."""
     return Path(data_path, 'images', f'{case}.npy')
+
+
+def label_file(data_path, case):
+    """Return the path of labels/CASE.npy in the data folder."""
+    return Path(data_path, 'labels', f'{case}.npy')
 
 
 def convert_all(data_path, cases, convert):

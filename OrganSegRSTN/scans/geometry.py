@@ -7,6 +7,7 @@ columns, slices) of its DICOM slices, and a NIfTI array becomes that by transpos
 import itertools
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +71,11 @@ def lays_out(affine):
     return bool(np.isfinite(affine).all() and np.isfinite(volume) and volume > 1e-9)
 
 
+def what_it_holds(affine):
+    """Return what an affine that lays its array out holds: 'position' or only 'spacing'."""
+    return 'spacing' if not affine[:3, 3].any() and np.count_nonzero(affine[:3, :3]) == 3 else 'position'
+
+
 # --- geometry/CASE.json --------------------------------------------------------------------------------------------
 
 
@@ -78,8 +84,8 @@ def geometry_file(data_path, case):
     return Path(data_path, 'geometry', f'{case}.json')
 
 
-def save_geometry(path, geometry):
-    """Write a geometry with its spacing."""
+def save_geometry(path, geometry, **partners):
+    """Write a geometry with its spacing and its `partners`, see `check_partners`."""
     content = {
         'affine': geometry.affine.tolist(),
         'spacing': geometry.spacing.tolist(),
@@ -87,24 +93,72 @@ def save_geometry(path, geometry):
         'source': os.path.abspath(geometry.source),
         'type': geometry.type,
     }
-    with atomic_write(path, 'w') as file:
-        json.dump(content, file)
+    write_record(path, content | partners)
 
 
-def load_geometry(path):
-    """Return the geometry in a file; None if there is no such file."""
+def load_geometry(path, shape=None, image=None):
+    """Return the geometry in a file; None if there is no such file, or (with a line) it is not of this shape or image."""
+    content = read_record(path)
+    if not content:
+        return None
+    if shape and (fault := _image_fault(content, shape, image)):
+        print(f'{path}: not used, {fault}; convert the image again')
+        return None
     try:
-        content = read_json(path)
         affine, holds = np.array(content['affine'], float).reshape(4, 4), content['holds']
         if holds not in ('position', 'spacing', 'nothing'):
             raise ValueError(f'holds {holds!r}')
         if holds != 'nothing' and not lays_out(affine):
             raise ValueError(f'affine {affine.tolist()} lays out no volume')
         return Geometry(affine, holds, str(content['source']), str(content['type']))
-    except FileNotFoundError:
-        return None
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f'{path}: not a geometry ({error!r}); convert its image again') from None
+
+
+def check_partners(data_path, case, image, label):
+    """Raise ValueError if images/CASE.npy or labels/CASE.npy is not what geometry/CASE.json was written with.
+
+    It holds the `shape` and `image_crc32` of the image, and the `label_crc32` of the label, which is null where the
+    image is newer than the label. What it does not hold is not checked: not of older data folders, not of own arrays.
+    """
+    path = geometry_file(data_path, case)
+    content = read_record(path)
+    cure = f'convert it again, or, if you changed it on purpose, delete "{{}}" from {path}'
+    if fault := _image_fault(content, image.shape, image):
+        raise ValueError(f'images/{case}.npy: not the image that was converted, {fault}; {cure.format("image_crc32")}')
+    if 'label_crc32' in content and content['label_crc32'] != checksum(label):
+        why = 'not the label that was converted' if content['label_crc32'] else f'older than images/{case}.npy'
+        raise ValueError(f'labels/{case}.npy: {why}; {cure.format("label_crc32")}')
+
+
+def _image_fault(content, shape, image):
+    """Return how an image differs from the one that a geometry was written for; '' if it does not."""
+    if content.get('shape', list(shape)) != list(shape):
+        return f'its shape is {tuple(shape)} instead of {content["shape"]}'
+    if image is not None and content.get('image_crc32') not in (None, checksum(image)):
+        return 'its voxels have changed'
+    return ''
+
+
+def checksum(array):
+    """Return the CRC-32 of an array's values, in C order."""
+    return zlib.crc32(np.ascontiguousarray(array))
+
+
+def read_record(path):
+    """Return the object in geometry/CASE.json; {} if there is no such file."""
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f'{path}: not a geometry ({error!r}); convert its image again') from None
+
+
+def write_record(path, content):
+    """Write geometry/CASE.json."""
+    with atomic_write(path, 'w') as file:
+        json.dump(content, file)
 
 
 # --- a label onto its image ----------------------------------------------------------------------------------------

@@ -10,14 +10,15 @@ import nibabel as nib
 import numpy as np
 
 from running.files import MOST_VOXELS, atomic_write, open_file
-from scans.geometry import Geometry, Scan, geometry_file, known, lays_out, load_geometry
-from scans.voxels import DEFLATE_AT_BEST, stack_slices
+from scans.geometry import Geometry, geometry_file, known, lays_out, load_geometry, what_it_holds
+from scans.voxels import DEFLATE_AT_BEST, Volume
 
 GRID = (  # the fields of a NIfTI header that place its array in the patient
     'pixdim xyzt_units qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z '
     'srow_x srow_y srow_z'
 ).split()
 FARTHEST = 1 << 24  # bytes that a NIfTI file may hold before its array
+MM = {1: 1000, 3: 0.001}  # of the codes in xyzt_units that say metres and microns
 
 
 def is_nifti_name(path):
@@ -42,7 +43,7 @@ def export(args, npz, mask, case):
 def write_on_scan(path, volume, case, data_path):
     """Write a volume (W, H, L) of a Case as uint8, placed as geometry/CASE.json says."""
     name = Path(case.image_file).stem
-    geometry = load_geometry(geometry_file(data_path, name))
+    geometry = load_geometry(geometry_file(data_path, name), volume.shape)
     if not known(geometry):
         _warn_unplaced(name)
     write_nifti(path, volume.astype(np.uint8), affine_header(geometry))
@@ -94,54 +95,74 @@ def write_nifti(path, array, header):
 
 
 def read_nifti_image(path, say=print):
-    """Read an image as a Scan, stored as published, transpose(1, 0, 2); `say` prints what was changed."""
-    values, geometry = read_nifti(path)
-    if not known(geometry):
-        say('its header gives no affine (sform and qform codes are 0)')
-    return Scan(stack_slices(values.T, values.T.shape, path, say), geometry.transposed())
+    """Read an image as a Scan; see voxels.Volume."""
+    return open_nifti(path, say).image(say)
 
 
-def read_nifti_label(path):
-    """Read a label: (uint8 array, its Geometry), axes as in the file; ValueError if a value is not 0, 1 ... 255."""
-    values, geometry = read_nifti(path)
-    with np.errstate(invalid='ignore'):
-        label = values.astype(np.uint8)
-    wrong = values[label != values]
-    if wrong.size:
-        raise ValueError(f'{path}: {wrong[0]} is not an organ; a label holds whole numbers from 0 to 255')
-    return label, geometry
+def read_nifti_label(path, say=print):
+    """Read a label: (uint8 array, its Geometry), axes as in the file; see voxels.Volume."""
+    volume = open_nifti(path, say)
+    return volume.label(), volume.geometry
 
 
-def read_nifti(path):
-    """Read (array of numbers, Geometry) of a 3D file, axes as in the file."""
+def open_nifti(path, say=print):
+    """Return the Volume of a 3D NIfTI file; `say` prints what is odd about its header. ValueError: not such a file."""
     with _readable(path):
         header = nifti_header(path)
+        shape = header.get_data_shape()
+        if len(shape) > 3 and set(shape[3:]) == {1}:
+            header.set_data_shape(shape[:3])
     _check_size(header, path)
     with _readable(path):
-        return np.asanyarray(nib.arrayproxy.ArrayProxy(path, header)), nifti_geometry(header, path)
+        return Volume(header.get_data_shape(), _planes(path, header), nifti_geometry(header, path, say))
 
 
 def nifti_header(path):
     """Read the header without its extensions, which may claim any size; ValueError if there is none."""
-    with open_file(path) as file:
-        block = (gzip.GzipFile(fileobj=file) if str(path).endswith('.gz') else file).read(1024)
+    with _unpacked(path) as file:
+        block = file.read(1024)
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         if kind.may_contain_header(block):
             return kind(block[: kind.template_dtype.itemsize])
     raise ValueError('no NIfTI header')
 
 
-def nifti_geometry(header, path):
-    """Return the Geometry of an array, axes as in its file, from its nibabel header."""
-    affine = np.asarray(header.get_best_affine(), float)
-    coded = header['sform_code'] > 0 or header['qform_code'] > 0
-    if not (coded and lays_out(affine)):
-        holds = 'nothing'
-    elif not affine[:3, 3].any() and np.count_nonzero(affine[:3, :3]) == 3:
-        holds = 'spacing'
-    else:
-        holds = 'position'
-    return Geometry(affine, holds, str(path), 'NIfTI')
+def nifti_geometry(header, path, say=print):
+    """Return the Geometry of an array, axes as in its file, from its nibabel header: by sform, else by qform."""
+    unit = int(header['xyzt_units']) & 7
+    if unit in MM:
+        say(f'its header is in {"metres" if unit == 1 else "microns"}: converted to mm')
+    for name in ('sform', 'qform'):
+        if header[f'{name}_code'] > 0:
+            with contextlib.suppress(nib.spatialimages.HeaderDataError, ValueError):  # of a quaternion that is none
+                affine = np.diag([MM.get(unit, 1)] * 3 + [1]) @ getattr(header, f'get_{name}')()
+                if lays_out(affine):
+                    return Geometry(affine, what_it_holds(affine), str(path), 'NIfTI')
+            say(f'its {name} lays out no volume: not used')
+    say('its header gives no affine')
+    return Geometry(np.eye(4), 'nothing', str(path), 'NIfTI')
+
+
+def _planes(path, header):
+    """Yield the planes (x, y) of a file along z, scaled, one at a time in memory."""
+    with _readable(path), _unpacked(path) as file:
+        array = nib.arrayproxy.ArrayProxy(file, header)
+        for k in range(array.shape[2]):
+            yield array[..., k]
+        file.read(1)  # at its end a gzip file is checked against its checksum
+
+
+@contextlib.contextmanager
+def _unpacked(path):
+    """Open a file for the bytes in it: those that are packed where it begins as gzip does, whatever its name."""
+    with open_file(path) as file:
+        yield gzip.GzipFile(fileobj=file) if _is_gzip(file) else file
+
+
+def _is_gzip(file):
+    packed = file.read(2) == b'\x1f\x8b'
+    file.seek(0)
+    return packed
 
 
 @contextlib.contextmanager
@@ -159,13 +180,16 @@ def _check_size(header, path):
     """Refuse, before memory is allocated, what is not 3D numbers or asks for more voxels than the file can hold."""
     with _readable(path):
         shape, kind, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
+        with open_file(path) as file:
+            room = os.path.getsize(path) * (DEFLATE_AT_BEST if _is_gzip(file) else 1)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f'{path}: shape {shape}, where one 3D volume is expected')
     if kind.kind not in 'iufb':
         raise ValueError(f'{path}: it holds {kind}, not plain numbers')
-    if offset > FARTHEST:
-        raise ValueError(f'{path}: its header says that the voxels begin at byte {offset}, which no scan needs')
+    if not header.template_dtype.itemsize <= offset <= FARTHEST:  # at 0 nibabel reads the header, ITK 4 bytes too early
+        raise ValueError(
+            f'{path}: its header says that the voxels begin at byte {offset}; write it again (usual is 352)'
+        )
     voxels = math.prod(shape)
-    room = os.path.getsize(path) * (DEFLATE_AT_BEST if str(path).endswith('.gz') else 1)
     if voxels > MOST_VOXELS or offset + voxels * kind.itemsize > room:
         raise ValueError(f'{path}: its header claims {shape} voxels, more than the file can hold; is it truncated?')
