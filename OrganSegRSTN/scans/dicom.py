@@ -13,7 +13,8 @@ from pydicom.encaps import generate_frames
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless, UID_dictionary
 
 from running.files import MOST_VOXELS
-from scans.geometry import DEFLATE_AT_BEST, Geometry, Scan, lays_out, stack_slices
+from scans.geometry import Geometry, Scan, lays_out
+from scans.voxels import DEFLATE_AT_BEST, stack_slices
 
 START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers of JPEG and JPEG-LS
 
