@@ -73,6 +73,22 @@ def call(capsys, monkeypatch):
     return call
 
 
+@pytest.fixture
+def spare():
+    """Fail a test that allocates 150 MB or more: a file that asks for too much is refused before."""
+    try:
+        Path('/proc/self/clear_refs').write_text('5')  # reset the peak
+    except OSError:
+        pytest.skip('peak memory can be measured on Linux only')
+
+    def peak():
+        return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) / 1024
+
+    before = peak()
+    yield
+    assert peak() - before < 150, 'MB'
+
+
 # --- tiny data and its arguments -----------------------------------------------------------------------------------
 
 

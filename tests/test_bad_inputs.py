@@ -8,22 +8,16 @@ import os
 import pickle
 import struct
 import zipfile
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import FOLDER, fusion_args, pretrain_args, run_script, tiny_weights, training_args, write_case
-from pydicom.data import get_testdata_file
-from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
-from test_conversion import change, change_all, cut, drop, make_slices, random_volume, write_nifti, write_slices
+from raw_scans import BOMB, DICOM2NPY, NII2NPY, converted, make_slices, random_volume, write_slices
+from test_conversion import write_nifti
 from test_run_sh import run_sh
 
 from running.files import save_volume
-
-DICOM2NPY, NII2NPY = '../DATA2NPY/dicom2npy.py', '../DATA2NPY/nii2npy.py'
-BOMB = 300 << 20  # bytes that some hundred kB unpack to
 
 
 def refused(done, line, code=1):
@@ -33,179 +27,6 @@ def refused(done, line, code=1):
     assert len(errors) == 1 and line in errors[0], done.out + done.err
     assert 'Traceback' not in done.out + done.err
     return True
-
-
-@pytest.fixture
-def spare():
-    """Fails a test that has taken 150 MB of memory or more: what claims too much is refused before."""
-    try:
-        Path('/proc/self/clear_refs').write_text('5')  # the peak is that of now
-    except OSError:
-        pytest.skip('the peak of memory can be measured on Linux only')
-
-    def peak():
-        return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) / 1024
-
-    before = peak()
-    yield
-    assert peak() - before < 150, 'MB'
-
-
-def zeros(size, packer):
-    """Many zeros, packed by `packer` some at a time."""
-    chunk = bytes(1 << 20)
-    return b''.join([packer.compress(chunk) for _ in range(size >> 20)] + [packer.flush()])
-
-
-# --- DICOM: python dicom2npy.py RAW OUT ----------------------------------------------------------------------------
-
-
-def element(number, tag, vr, value):
-    """Put an element of this value representation, right or not, into the slice of this number."""
-    return lambda slices: slices[number - 1].add_new(tag, vr, value)
-
-
-def without(*tags):
-    def bad(slices):
-        for s in slices:
-            for tag in tags:
-                delattr(s, tag)
-
-    return bad
-
-
-SERIES = {
-    'two series mixed': (change(3, SeriesInstanceUID='1.2.3'), 'two series in one folder'),
-    'a slice left out': (drop(3), 'a slice is missing between them'),
-    'a number twice': (change(4, InstanceNumber=3), 'repeated slice, InstanceNumber 3'),
-    'a position twice': (change(4, ImagePositionPatient=[-10, -20, 40]), 'lie at one position'),
-    'no InstanceNumber': (without('InstanceNumber'), 'no InstanceNumber to order it by'),
-    'an InstanceNumber in words': (element(2, 'InstanceNumber', 'LO', 'two'), "invalid literal for int() with base 10: 'two'"),
-    'two InstanceNumbers in one slice': (element(2, 'InstanceNumber', 'IS', [2, 3]), 'int() argument must be'),
-    'no pixels claimed': (change(2, Rows=0), 'no image in it'),
-    'no Columns': (without('Columns'), 'no image in it'),
-    'Rows twice': (element(2, 'Rows', 'US', [6, 6]), 'int() argument must be'),
-    'negative Rows': (element(2, 'Rows', 'SS', -6), 'its header claims (-6, 5) pixels'),
-    'more pixels claimed than the file holds': (change_all(Rows=60000, Columns=60000), 'more than the file can hold'),
-    'a million frames claimed': (change(1, NumberOfFrames=10**6), 'a multi-frame image'),
-    'frames in words': (element(1, 'NumberOfFrames', 'LO', 'many'), 'invalid literal'),
-    'in colour': (change_all(SamplesPerPixel=3, PhotometricInterpretation='RGB'), 'a colour image (RGB)'),
-    'a slope of 0': (change(2, RescaleSlope=0), 'slope 0.0 and intercept -1024.0 give no HU'),
-    'a slope that is no number': (element(2, 'RescaleSlope', 'FD', float('nan')), 'slope nan'),
-    'an intercept in words': (element(2, 'RescaleIntercept', 'LO', 'none'), 'its pixels cannot be read'),
-    'a spacing of 0': (change_all(PixelSpacing=[0, 2]), 'no ImageOrientationPatient or PixelSpacing'),
-    'a spacing of nothing': (change_all(PixelSpacing=['1e-30', '1e-30']), 'are no voxel of a scan'),
-    'a spacing that is no number': (element(2, 'PixelSpacing', 'FD', [float('nan'), 1.0]), 'where 2 numbers belong'),
-    'one number of spacing': (change(2, PixelSpacing='2'), 'where 2 numbers belong'),
-    'a position without directions': (without('ImageOrientationPatient'), 'no ImageOrientationPatient'),
-    'directions of no length': (change_all(ImageOrientationPatient=[0] * 6), 'is not two unit directions'),
-    'pixels of 64 bits': (change_all(BitsAllocated=64), 'its pixels cannot be read'),
-    'pixels of no bits': (change_all(BitsAllocated=0), 'its pixels cannot be read'),
-    'without its pixels': (without('PixelData'), 'its pixels cannot be read'),
-    'half of its pixels': (change(2, PixelData=bytes(30)), 'its pixels cannot be read'),
-}  # fmt: skip
-
-
-def packed_pixels(content):
-    """RLE pixels replaced by these bytes."""
-
-    def bad(slices):
-        for s in slices:
-            s.compress(RLELossless)
-            s.PixelData = (
-                b'\xfe\xff\x00\xe0\x00\x00\x00\x00\xfe\xff\x00\xe0' + struct.pack('<I', len(content)) + content
-            )
-
-    return bad
-
-
-SERIES |= {
-    'RLE of nothing': (packed_pixels(b''), 'its pixels cannot be read'),
-    'RLE of a million segments': (packed_pixels(struct.pack('<16I', 10**6, *[64] * 15)), 'its pixels cannot be read'),
-    'RLE that ends too soon': (
-        packed_pixels(struct.pack('<16I', 2, 64, 66, *[0] * 13) + b'\x05\x01'),
-        'its pixels cannot',
-    ),
-}
-
-FILES = {
-    'an empty file': (cut(0), 'not a DICOM file, though its name says so'),
-    'a beheaded file': (cut(400), 'no image in it; is the file truncated?'),
-    'a file cut off': (cut(-20), 'its pixels cannot be read; is the file truncated?'),
-    'text': (lambda folder: (folder / '000.dcm').write_text('text' * 99), 'not a DICOM file, though its name says so'),
-    'noise after the preamble': (
-        lambda folder: (folder / '000.dcm').write_bytes(bytes(128) + b'DICM' + bytes(range(256))), 'no image in it',
-    ),
-}  # fmt: skip
-
-
-def converted(call, tmp_path, script=DICOM2NPY):
-    """Convert raw/: a case that fails is one line of output, and again at the end; nothing is left of it."""
-    done = call(script, tmp_path / 'raw', tmp_path / 'out')
-    assert 'Traceback' not in done.out + done.err
-    lines = [line for line in done.out.splitlines() if ': error: ' in line]
-    assert done.code == 1 and len(lines) == 1, done.out + done.err
-    assert done.err.splitlines() == ['1 of 1 cases failed:', lines[0]]
-    assert not list((tmp_path / 'out').rglob('*'))
-    return lines[0]
-
-
-@pytest.mark.parametrize('what', SERIES)
-def test_a_bad_series(what, call, tmp_path):
-    spoil, line = SERIES[what]
-    slices = make_slices(random_volume(shape=(6, 5, 6)))
-    spoil(slices)
-    write_slices(tmp_path / 'raw/a', slices)
-    assert line in converted(call, tmp_path)
-
-
-@pytest.mark.parametrize('what', FILES)
-def test_a_bad_file_among_slices(what, call, tmp_path):
-    spoil, line = FILES[what]
-    write_slices(tmp_path / 'raw/a', make_slices(random_volume(shape=(6, 5, 6))))
-    spoil(tmp_path / 'raw/a')
-    assert line in converted(call, tmp_path)
-
-
-def compressed_slice(name, old, new):
-    """A compressed slice of 64 x 64 that pydicom ships, with some bytes of its code changed."""
-    content = Path(get_testdata_file(name, download=False)).read_bytes()
-    assert content.count(old) == 1
-    return content.replace(old, new)
-
-
-CODES = {  # decoders believe the code, not the header
-    'a JPEG 2000 code of 2^31 x 2^31': (
-        'MR_small_jp2klossless.dcm', b'\xff\x51\0\x29\0\0' + struct.pack('>2I', 64, 64), b'\xff\x51\0\x29\0\0' + struct.pack('>2I', *[2**31 - 1] * 2),
-        'its code claims [2147483647, 2147483647] pixels',
-    ),
-    'a JPEG-LS code of 65535 x 65535': (
-        'MR_small_jpeg_ls_lossless.dcm', b'\xff\xf7\0\x0b\x10\0\x40\0\x40', b'\xff\xf7\0\x0b\x10\xff\xff\xff\xff',
-        'its code claims [65535, 65535] pixels',
-    ),
-    'a JPEG-LS code of 174 bits': (
-        'MR_small_jpeg_ls_lossless.dcm', b'\xff\xf7\0\x0b\x10', b'\xff\xf7\0\x0b\xae', 'its code claims [64, 64] pixels, 1 colours and 174 bits',
-    ),
-    'a code without a beginning': ('MR_small_jpeg_ls_lossless.dcm', b'\xff\xf7\0\x0b\x10', b'\xff\xe0\0\x0b\x10', 'its pixels cannot be read'),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize('what', CODES)
-def test_a_bad_code(what, call, tmp_path, spare):
-    name, old, new, line = CODES[what]
-    (tmp_path / 'raw/a').mkdir(parents=True)
-    (tmp_path / 'raw/a/1.dcm').write_bytes(compressed_slice(name, old, new))
-    assert line in converted(call, tmp_path)
-
-
-def test_a_deflated_DICOM_bomb(call, tmp_path, spare):
-    (tmp_path / 'raw/a').mkdir(parents=True)
-    s = make_slices(random_volume(shape=(6, 5, 1)))[0]
-    s.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-    s.save_as(file := tmp_path / 'raw/a/1.dcm', enforce_file_format=True)
-    head = file.read_bytes().partition(DeflatedExplicitVRLittleEndian.encode())
-    file.write_bytes(b''.join(head[:2]) + zeros(BOMB, zlib.compressobj(1, zlib.DEFLATED, -15)))
-    assert 'it is deflated as a whole' in converted(call, tmp_path)
 
 
 # --- .npy: python init.py DATA_PATH 1 1 -100 240 -------------------------------------------------------------------
@@ -700,6 +521,11 @@ def test_a_case_of_an_unfit_name_is_refused_by_it(name, call, tmp_path):
     assert refused(call('init.py', tmp_path / 'data', 1, 1, -100, 240), f'a case name cannot hold {UNFIT[name]}')
     write_slices(tmp_path / 'raw' / name, make_slices(random_volume()))
     assert f'the case name {name!r} holds {UNFIT[name]}' in converted(call, tmp_path)
+
+
+def test_a_pattern_without_a_place_for_the_case(call, tmp_path):
+    (tmp_path / 'ct.nii').touch()
+    assert refused(call(NII2NPY, tmp_path, '--images', tmp_path / 'ct.nii*'), 'no * in it that stands for the case')
 
 
 # --- as a user runs them --------------------------------------------------------------------------------------------

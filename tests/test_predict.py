@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import coarse2fine_args, run_script, tiny_weights
-from test_conversion import make_slices, write_slices
+from raw_scans import make_slices, write_slices
 
 import predict
 import volumes.testing
