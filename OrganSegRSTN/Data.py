@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +11,8 @@ from torch.utils.data import Dataset
 
 from running.data_folder import Slice, read_cases, read_list, slice_list
 from running.files import load_array
+from running.results import Checksums, revision
+from scans.geometry import axis_codes, geometry_file, known, load_geometry
 from utils import is_organ, to_unit
 
 
@@ -101,6 +105,34 @@ def slice_bar(pixels, slice_threshold):
     present = sum(count > 0 for count in pixels)
     last = max(math.floor(present * slice_threshold), 1)
     return max(sorted(pixels)[-last], 1)
+
+
+def training_facts(args, **facts):
+    """Return what weights trained with these arguments say of their training (see running.weights.FACTS)."""
+    cases = read_cases(args.data_path, 'training', args.current_fold)
+    geometries = [load_geometry(geometry_file(args.data_path, Path(case.image_file).stem)) for case in cases]
+    codes = Counter(filter(None, map(axis_codes, geometries)))
+    spacings = [geometry.spacing for geometry in geometries if known(geometry)]
+    if codes:
+        facts['orientation'] = codes.most_common(1)[0][0]
+    if spacings:
+        facts['spacing'] = np.median(spacings, axis=0).tolist()
+    return facts | {
+        'organ_ID': args.organ_ID,
+        'slice_thickness': args.slice_thickness,
+        'crop_margin': args.crop_margin,
+        'intensity_window': [args.low_range, args.high_range],
+        'cases': image_checksums(args, cases),
+        'revision': revision(),
+    }
+
+
+def image_checksums(args, cases):
+    """Return `images/0001.npy SHA-256` of each case, which tells whether two data folders hold the same scans."""
+    checksum = Checksums(args.data_path)
+    found = [f'{case.image_file} {checksum(Path(args.data_path, case.image_file))}' for case in cases]
+    checksum.save()
+    return found
 
 
 def load_slices(args, plane):

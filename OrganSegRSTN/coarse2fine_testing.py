@@ -75,9 +75,7 @@ def parse():
                         help='end a case at the first round whose inter-iteration DSC reaches it (default: all rounds)')  # fmt: skip
     parser.add_argument('--probability', action='store_true',
                         help="store the last round's mean probability, too, for merge_organs.py")  # fmt: skip
-    arguments.add_precision(parser)
-    arguments.add_nifti(parser)
-    arguments.add_overwrite(parser)
+    arguments.add_testing(parser)
     return arguments.parse(parser)
 
 

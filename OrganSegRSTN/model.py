@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ring
-from running.weights import check_shapes, load_weights
+from running.weights import check_facts, check_shapes, description, load_weights
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 
@@ -238,9 +238,13 @@ def set_precision(model, precision, store=False):
                         layer.to(net.dtype)
 
 
-def load_RSTN(path, TEST, thickness, crop_margin, device, precision='fp32'):
-    """Return the RSTN of a snapshot, ready for testing: only the networks that TEST uses, of the snapshot's width."""
+def load_RSTN(path, TEST, thickness, crop_margin, device, precision='fp32', **facts):
+    """Return the RSTN of a snapshot, ready for testing: only the networks that TEST uses, of the snapshot's width.
+
+    facts: what the training must agree with, see running.weights.FACTS.
+    """
     state = load_weights(path)
+    check_facts(path, description(state), facts | {'slice_thickness': thickness, 'crop_margin': crop_margin})
     if 'coarse_model.conv1_1.weight' not in state or 'saliency1.weight' not in state:
         raise ValueError(f'{path}: not an RSTN snapshot: coarse_model.conv1_1.weight or saliency1.weight is missing')
     width, n_class = len(state['coarse_model.conv1_1.weight']), len(state['saliency1.weight'])
@@ -252,7 +256,7 @@ def load_RSTN(path, TEST, thickness, crop_margin, device, precision='fp32'):
         delattr(net, unused)
     used = net.state_dict()
     check_shapes(path, state, used)
-    if lost := [key for key in used if not torch.isfinite(state[key].sum())]:
+    if lost := [key for key in state if not torch.isfinite(state[key].sum())]:
         raise ValueError(f'{path}: {lost[0]} is not finite: the training diverged, or the file is damaged')
     net.load_state_dict({key: state[key].float() for key in used}, assign=True)
     set_precision(net, precision, store=True)

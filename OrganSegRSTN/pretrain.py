@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import ConcatDataset
 
-from Data import load_slices
+from Data import load_slices, training_facts
 from model import FCN8s, bounding_box, crop, set_precision
 from running import arguments, script
 from running.checkpoint import Run, list_checksums, seed_everything
-from running.data_folder import PLANES, pretrained_folder, pretrained_name, read_cases
+from running.data_folder import PLANES, pretrained_folder, pretrained_name
 from running.files import atomic_write, locked
 from running.results import start
-from running.weights import check_shapes, load_weights
+from running.weights import check_shapes, describe, load_weights
 
 POSITIONALS = [*arguments.TRAINING[:8], 'GPU_ID', 'epochs']
 VGG16_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # their places in torchvision's `features`
@@ -101,6 +101,7 @@ def pretrain(args, run, device):
     """
     seed_everything(args.seed)
     active = ConcatDataset([load_slices(args, plane) for plane in PLANES])
+    facts = training_facts(args)
     args.slice_threshold = 0  # all slices
     whole = ConcatDataset([load_slices(args, plane) for plane in PLANES])
     state = run.load() if args.resume else None
@@ -119,10 +120,7 @@ def pretrain(args, run, device):
             rates.step()
         print(f'{args.current_fold} Epoch[{epoch + 1}/{args.epochs}], Dice Loss {run.losses.mean[0]:.4f}, '
                 f'Time elapsed {run.losses.elapsed:.2f}s', flush=True)  # fmt: skip
-    state = model.state_dict()
-    cases = read_cases(args.data_path, 'training', args.current_fold)
-    state._metadata['trained_on'] = {'organ_ID': args.organ_ID, 'cases': [case.image_file for case in cases]}
-    return state
+    return describe(model.state_dict(), **facts)
 
 
 def vary(sample, kind, whole, crop_margin):

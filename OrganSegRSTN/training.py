@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from Data import load_slices
+from Data import image_checksums, load_slices, training_facts
 from model import RSTN, DSC_loss, FCN8s, get_parameters, set_precision
 from running import arguments, processes, script
 from running.checkpoint import Run, list_checksums, seed_everything
 from running.data_folder import GOOD_LOSS, MODES, find_pretrained, read_cases, snapshot_folder, snapshot_name
 from running.files import atomic_write, locked
 from running.results import start
-from running.weights import check_shapes, load_weights, trained_on
+from running.weights import check_shapes, describe, description, load_weights
 
 
 def main(wrap=lambda model, device: model):
@@ -29,7 +29,7 @@ def main(wrap=lambda model, device: model):
     with lock(args):
         state = run.load() if args.resume else None
         if state and state['finished']:
-            if all(snapshot_path(args, mode).exists() for mode in MODES):
+            if all(snapshot_path(args, mode).exists() for mode in modes(args)):
                 print(f'finished before: {run.path}')
                 return
             state = None
@@ -41,9 +41,16 @@ def main(wrap=lambda model, device: model):
 
 def parse():
     parser = arguments.stage_parser(__doc__, arguments.TRAINING)
-    parser.add_argument('--pretrained', metavar='FILE', help='FCN-8s to start from (default: as in models/pretrained/)')
+    parser.add_argument(
+        '--pretrained', metavar='FILE', help='FCN-8s, or RSTN snapshot, to start from (default: by models/pretrained/)'
+    )
     parser.add_argument('--fine_iterations', type=arguments.whole(1), default=1, metavar='T',
                         help="fine steps of a sample in I and J, the paper's T (default 1)")  # fmt: skip
+    parser.add_argument('--joint_from', type=arguments.stamp, metavar='TIMESTAMP',
+                        help='train mode J only, at learning_rate2 x learning_rate_m2, from the snapshot of mode I '
+                        'with this timestamp (_ for none)')  # fmt: skip
+    parser.add_argument('--snapshot_steps', type=arguments.whole(1), metavar='N',
+                        help='in mode J, save a snapshot every N steps, too')  # fmt: skip
     arguments.add_training(parser)
     return arguments.parse(parser)
 
@@ -60,10 +67,12 @@ def train(args, run, state, device, wrap):
         run.path.unlink(missing_ok=True)  # of the training that this one replaces
         print(f'{args.current_fold}{args.plane} {len(slices) // processes.world_size()}', flush=True)
         model = starting_model(args)
-        save_untrained(args, '', model)
+        if args.joint_from is None:
+            save_untrained(args, '', model)
     model = model.to(device).train()
     set_precision(model, args.precision)
-    optimizer = make_optimizer(model, args.learning_rate1, args.learning_rate_m1)
+    rates = 'learning_rate1 learning_rate_m1' if args.joint_from is None else 'learning_rate2 learning_rate_m2'
+    optimizer = make_optimizer(model, *(getattr(args, rate) for rate in rates.split()))
     run.restore(state, model=model, optimizer=optimizer)
     wrapped = wrap(model, device)
     mode = MODES[0]
@@ -82,7 +91,12 @@ def train(args, run, state, device, wrap):
 
 def schedule(args):
     """Return [(mode, epoch)] of all epochs."""
-    return [(mode, epoch) for mode in MODES for epoch in range(epochs(args, mode))]
+    return [(mode, epoch) for mode in modes(args) for epoch in range(epochs(args, mode))]
+
+
+def modes(args):
+    """Return the modes to train."""
+    return MODES if args.joint_from is None else 'J'
 
 
 def epochs(args, mode):
@@ -93,9 +107,9 @@ def epochs(args, mode):
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def snapshot_path(args, mode):
-    """Return the path of a mode's snapshot."""
-    return snapshot_folder(args) / snapshot_name(args, args.plane, mode, args.timestamp)
+def snapshot_path(args, mode, step=None):
+    """Return the path of a mode's snapshot, or of that after a step."""
+    return snapshot_folder(args) / snapshot_name(args, args.plane, mode, args.timestamp, step)
 
 
 def checkpoint_path(args):
@@ -117,11 +131,18 @@ def lock(args):
     return locked(path.with_name(f'.{path.stem}.lock'), f'.{snapshot_path(args, "*").stem}.*.part')
 
 
-def save_snapshot(args, mode, model):
-    """Save the state dict (rank 0 only)."""
+def save_snapshot(args, mode, model, step=None):
+    """Save the state dict after a mode, or after a step of it (rank 0 only)."""
     if processes.rank() == 0:
-        with atomic_write(snapshot_path(args, mode)) as file:
-            torch.save(model.state_dict(), file)
+        facts = training_facts(args, plane=args.plane, recipe='published')
+        with atomic_write(snapshot_path(args, mode, step)) as file:
+            torch.save(describe(model.state_dict(), **facts), file)
+
+
+def save_step(args, run, mode, step):
+    """Save a snapshot where --snapshot_steps asks for one after this step of mode J."""
+    if mode == 'J' and args.snapshot_steps and step % args.snapshot_steps == 0:
+        save_snapshot(args, mode, run.parts['model'], step)
 
 
 def save_untrained(args, mode, model):
@@ -143,14 +164,37 @@ def new_model(args, width):
 
 
 def starting_model(args):
-    """Return the RSTN with both networks filled from a pretrained FCN-8s: all layers but score and upscore.
+    """Return the RSTN to train: filled from an RSTN snapshot, or both networks from a pretrained FCN-8s."""
+    if args.joint_from is None:
+        path = find_pretrained(args)
+    else:
+        path = snapshot_folder(args) / snapshot_name(args, args.plane, 'I', args.joint_from)
+    weights = load_weights(path)
+    origin = description(weights)
+    refuse_seen_cases(args, path, origin)
+    model = from_RSTN(args, path, weights) if 'saliency1.weight' in weights else from_FCN8s(args, path, weights, origin)
+    print(f'{args.current_fold}{args.plane}{MODES[0]} load pre-trained FCN8s model successfully!', flush=True)
+    return model
+
+
+def from_RSTN(args, path, weights):
+    """Return an RSTN with the layers of a snapshot that fit; print the others, which start anew."""
+    if 'coarse_model.conv1_1.weight' not in weights:
+        raise ValueError(f'{path}: not an RSTN snapshot: coarse_model.conv1_1.weight is missing')
+    model = new_model(args, width=len(weights['coarse_model.conv1_1.weight']))
+    expected = model.state_dict()
+    fitting = {key: value for key, value in weights.items() if key in expected and value.shape == expected[key].shape}
+    model.load_state_dict(fitting, strict=False)
+    others = sorted({key.rpartition('.')[0] for key in expected.keys() ^ fitting.keys()})
+    print(f'{path}: starts the whole RSTN; does not fit and starts anew: {", ".join(others) or "nothing"}')
+    return model
+
+
+def from_FCN8s(args, path, weights, origin):
+    """Return an RSTN with both networks filled from a pretrained FCN-8s: all layers but score and upscore.
 
     The score layers are taken, too, where pretrain.py trained them for this organ and thickness.
     """
-    path = find_pretrained(args)
-    weights = load_weights(path)
-    origin = trained_on(weights)
-    refuse_seen_cases(args, path, origin)
     with_scores = (
         origin.get('organ_ID') == args.organ_ID and len(weights.get('score_fr.bias', ())) == args.slice_thickness
     )
@@ -167,14 +211,13 @@ def starting_model(args):
         if unknown or any('score' not in key for key in missing):
             raise ValueError(f'{path}: not an FCN-8s: {", ".join(unknown + missing)} unknown or missing')
     print(f'{path}: starts both networks, width {width}, score layers {"included" if with_scores else "from zero"}')
-    print(f'{args.current_fold}{args.plane}{MODES[0]} load pre-trained FCN8s model successfully!', flush=True)
     return model
 
 
-def refuse_seen_cases(args, path, trained_on):
+def refuse_seen_cases(args, path, origin):
     """Raise ValueError where the pretrained network has seen a test case of this fold."""
-    tested = {case.image_file for case in read_cases(args.data_path, 'testing', args.current_fold)}
-    seen = sorted(tested.intersection(trained_on.get('cases', ())))
+    tested = image_checksums(args, read_cases(args.data_path, 'testing', args.current_fold))
+    seen = [case.split()[0] for case in tested if case in origin.get('cases', ())]
     if seen:
         raise ValueError(
             f'{path}: was trained on {seen[0]}, a test case of fold {args.current_fold}; run pretrain.py for this fold'
@@ -212,6 +255,7 @@ def train_epoch(args, run, mode, epoch, model, optimizer, slices, device):
         run.losses.add((coarse, fine, avg))
         if not math.isfinite(avg):
             raise ValueError(f'{name}, Iter[{index:05d}]: the loss is {avg}; start again with a lower learning rate')
+        save_step(args, run, mode, epoch * (len(slices) // processes.world_size()) + index + 1)
         print(f'{name}, Iter[{index:05d}], Coarse/Fine/Avg Loss {coarse:.4f}/{fine:.4f}/{avg:.4f}, '
                 f'Time Elapsed {run.losses.elapsed:.2f}s', flush=True)  # fmt: skip
 

@@ -1,14 +1,15 @@
 """What users of the published pipeline import: organ rule, folds, intensities, Dice and post-processing."""
 
 import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 try:
     import fast_functions
-except ImportError:
-    fast_functions = None
+except Exception as error:  # a module of another Python or platform fails in other ways than ImportError
+    fast_functions, _reason = None, error
 
 
 def is_organ(label, organ_ID):
@@ -101,4 +102,7 @@ def _post_processing_scipy(F, S, threshold, top2=False):
 
 @functools.cache
 def _say_slower():
-    print('fast_functions is not built: scipy does its work, slower (pip install ./SWIG_fast_functions)')
+    cure = 'pip install ./SWIG_fast_functions'
+    if (stray := Path(__file__).with_name('fast_functions.py')).exists():
+        cure = f'remove {stray} and _fast_functions.so beside it, which a build by hand left there, or build anew'
+    print(f'fast_functions cannot be imported ({_reason}): scipy does its work, slower ({cure})')

@@ -17,7 +17,7 @@ import pretrain
 import training
 from model import RSTN, FCN8s, load_RSTN
 from running.checkpoint import Run
-from running.weights import load_weights
+from running.weights import describe, load_weights
 from training import end_epoch, make_optimizer, starting_model, train_epoch
 
 CPU = torch.device('cpu')
@@ -145,14 +145,14 @@ def test_converting_something_else_is_one_line(data, call):
 # --- where training starts from ------------------------------------------------------------------------------------
 
 
-def save_pretrained(data, name, n_class=3, **trained_on):
+def save_pretrained(data, name, n_class=3, **facts):
     path = data / 'models/pretrained' / name
     path.parent.mkdir(parents=True, exist_ok=True)
     network = FCN8s(n_class, width=4)
     torch.nn.init.normal_(network.score_fr.weight)
     state = network.state_dict()
-    if trained_on:
-        state._metadata['trained_on'] = trained_on
+    if facts:
+        describe(state, **facts)
     torch.save(state, path)
     return state
 

@@ -83,8 +83,8 @@ ARGUMENTS = {
     'GPU_ID': (str, 'number of the CUDA device, or cpu'),
     'learning_rate1': (rate, 'learning rate of the coarse network'),
     'learning_rate_m1': (rate, 'times learning_rate1: the rate of the saliency and fine layers'),
-    'learning_rate2': (str, 'not used'),
-    'learning_rate_m2': (str, 'not used'),
+    'learning_rate2': (str, 'learning rate of the coarse network with --joint_from; else not used'),
+    'learning_rate_m2': (str, 'times learning_rate2, with --joint_from; else not used'),
     'crop_margin': (whole(0), "pixels around the organ's box that the fine network sees"),
     'crop_prob': (number(0, 1), 'probability of a random margin in training'),
     'crop_sample_batch': (whole(1), 'draws whose mean is a random margin'),
@@ -161,6 +161,15 @@ def add_overwrite(parser):
 def add_nifti(parser):
     """Add --nifti, for a stage that predicts masks."""
     parser.add_argument('--nifti', action='store_true', help='write the final predictions as .nii.gz, too')
+
+
+def add_testing(parser):
+    """Add the options of the stages that test networks."""
+    add_precision(parser)
+    parser.add_argument('--average', type=whole(1), default=1, metavar='N',
+                        help='test the mean of the last N snapshots of a plane, see --snapshot_steps of training.py')  # fmt: skip
+    add_nifti(parser)
+    add_overwrite(parser)
 
 
 def add_training(parser):

@@ -1,6 +1,7 @@
 """The data folder: names of its files, cases, lists of slices and folds, snapshots and result folders (SPEC: README)."""
 
 import functools
+import glob
 import math
 import os
 import re
@@ -122,8 +123,8 @@ def read_cases(data_path, kind, fold):
         raise ValueError(f'{path}: holds no case')
     others = [case.number for case in _read_cases(other)] if other.exists() else []
     numbers = [case.number for case in cases]
-    if repeated := next((number for number in numbers if numbers.count(number) > 1), None):
-        raise ValueError(f'{path}: holds case {repeated} twice')
+    if repeated := [number for number in numbers if numbers.count(number) > 1]:
+        raise ValueError(f'{path}: holds case {repeated[0]} twice')
     if shared := sorted(set(numbers) & set(others)):
         print_once(f'warning: {path}: case {shared[0]} trains and tests fold {fold}: its figures say little')
     if sorted(numbers + others) != list(range(len(numbers + others))):
@@ -229,29 +230,66 @@ def snapshot_folder(args):
     return Path(args.data_path, 'models', 'snapshots', f'SIJ_training_{training_settings(args)}')
 
 
-def snapshot_name(args, plane, mode, timestamp):
-    """Return `FD0:XJ3_1_20261123_000000.pkl`; a timestamp that has not 15 characters is left out."""
+def snapshot_name(args, plane, mode, timestamp, step=None):
+    """Return `FD0:XJ3_1_20261123_000000.pkl`; a timestamp that has not 15 characters is left out.
+
+    step: of a snapshot within a mode, `..._step00500.pkl`.
+    """
     stamp = f'_{timestamp}' if len(timestamp) == 15 else ''
+    stamp += '' if step is None else f'_step{step:05d}'
     return f'FD{args.current_fold}:{plane}{mode}{args.slice_thickness}_{args.organ_ID}{stamp}.pkl'
+
+
+def averaged_snapshots(args, snapshot):
+    """Return the paths of a snapshot and, with --average N, of the N - 1 newest ones that --snapshot_steps saved."""
+    folder = snapshot_folder(args)
+    steps = sorted(
+        folder.glob(f'{glob.escape(snapshot.removesuffix(".pkl"))}_step*.pkl'),
+        key=lambda path: (len(path.name), path.name),
+    )
+    if len(steps) < args.average - 1:
+        raise ValueError(
+            f'{folder}: {len(steps)} snapshots {snapshot.removesuffix(".pkl")}_step*.pkl, too few for --average {args.average}'
+        )
+    return [folder / snapshot, *steps[len(steps) - args.average + 1 :]]
 
 
 def find_snapshot(args, plane, timestamp):
     """Return the name of the snapshot to test: of the timestamp; else the one without; else, with a line, the newest."""
-    name = snapshot_name(args, plane, 'J', timestamp)
-    folder = snapshot_folder(args)
-    if len(timestamp) == 15 or (folder / name).exists():
-        return name
-    timed = re.compile(re.escape(name[: -len('.pkl')]) + r'_.{15}\.pkl')
-    found = sorted(file.name for file in folder.glob('*.pkl') if timed.fullmatch(file.name))
-    if not found:
-        return name
-    print(f'{plane}: no snapshot without a timestamp; tests the newest one: {found[-1]}')
-    return found[-1]
+    return _find_snapshots(args, {plane: timestamp})[0]
 
 
 def find_snapshots(args):
-    """Return the names of the three planes' snapshots to test, of timestamp1_X, _Y and _Z."""
-    return [find_snapshot(args, plane, getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
+    """Return the names of the three planes' snapshots to test, of timestamp1_X, _Y and _Z.
+
+    Planes without a timestamp of their own get snapshots of one training.
+    """
+    return _find_snapshots(args, {plane: getattr(args, f'timestamp1_{plane}') for plane in PLANES})
+
+
+def _find_snapshots(args, asked):
+    """Return the snapshot of each plane of {plane: timestamp}."""
+    open_planes = [plane for plane, timestamp in asked.items() if len(timestamp) != 15]
+    stored = {plane: stored_timestamps(args, plane) for plane in open_planes}
+    chosen = '_'
+    if any(stored.values()):
+        shared = set.intersection(*filter(None, stored.values()))
+        if not shared:
+            choice = '; '.join(f'{plane}: {", ".join(sorted(times))}' for plane, times in stored.items())
+            raise ValueError(f'{snapshot_folder(args)}: no training of all planes ({choice}); name the timestamps')
+        chosen = '_' if '_' in shared else max(shared)
+        if chosen != '_':
+            print(f'{", ".join(open_planes)}: no snapshot without a timestamp; tests the newest training: {chosen}')
+    return [snapshot_name(args, plane, 'J', chosen if plane in open_planes else time) for plane, time in asked.items()]
+
+
+def stored_timestamps(args, plane):
+    """Return the timestamps of a plane's stored snapshots of mode J, `_` for one without."""
+    name = snapshot_name(args, plane, 'J', '_').removesuffix('.pkl')
+    found = (
+        re.fullmatch(re.escape(name) + r'(?:_(.{15}))?\.pkl', file.name) for file in snapshot_folder(args).glob('*.pkl')
+    )
+    return {match[1] or '_' for match in found if match}
 
 
 def without_fold(args, snapshots):

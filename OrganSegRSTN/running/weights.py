@@ -67,12 +67,38 @@ def check_shapes(path, state, expected):
         raise ValueError(f'{path}: {wrong} is {found}, expected {tuple(expected[wrong].shape)}')
 
 
-def trained_on(weights):
-    """Return {'organ_ID': ..., 'cases': [image file, ...]} as pretrain.py saves it in its weights; {} for others."""
+# --- what weights say of their training ----------------------------------------------------------------------------
+
+FACTS = {
+    'organ_ID': int, 'plane': str, 'slice_thickness': int, 'crop_margin': int, 'intensity_window': list, 'cases': list,
+    'orientation': str, 'spacing': list, 'recipe': str, 'revision': str,
+}  # fmt: skip
+
+
+def describe(state, **facts):
+    """Store facts of the training (see FACTS) in a state dict; other readers of the file ignore them."""
+    state._metadata['OrganSegRSTN'] = facts
+    return state
+
+
+def description(weights):
+    """Return the facts of `describe`, those of the right type; {} for weights of others."""
     metadata = getattr(weights, '_metadata', None)
-    found = metadata.get('trained_on') if isinstance(metadata, dict) else None
-    cases = found.get('cases') if isinstance(found, dict) else None
-    return found if isinstance(cases, list) and all(isinstance(case, str) for case in cases) else {}
+    found = metadata.get('OrganSegRSTN') if isinstance(metadata, dict) else None
+    facts = found.items() if isinstance(found, dict) else ()
+    facts = {name: value for name, value in facts if name in FACTS and isinstance(value, FACTS[name])}
+    for name, length in (('intensity_window', 2), ('spacing', 3)):
+        numbers = [value for value in facts.get(name, ()) if isinstance(value, int | float)]
+        if name in facts and len(numbers) != length:
+            del facts[name]
+    return facts
+
+
+def check_facts(path, facts, expected):
+    """Raise ValueError where weights were trained with other values than these; None is unknown."""
+    for name, value in expected.items():
+        if None not in (value, facts.get(name)) and facts[name] != value:
+            raise ValueError(f'{path}: trained with {name} {facts[name]}, not {value}')
 
 
 # --- before loading ------------------------------------------------------------------------------------------------

@@ -11,7 +11,13 @@ from tqdm import tqdm
 
 from model import load_RSTN
 from running import arguments, processes
-from running.data_folder import epoch_name, find_snapshot, read_cases, results_folder, snapshot_folder
+from running.data_folder import (
+    averaged_snapshots,
+    epoch_name,
+    find_snapshot,
+    read_cases,
+    results_folder,
+)
 from running.files import load_volume, save_volume
 from running.results import Checksums, Results, lock_folders, prepare_folder, start
 from running.weights import missing_weights
@@ -30,6 +36,7 @@ class PlaneSettings(NamedTuple):
     margin: int  # pixels around the box
     device: torch.device
     precision: str
+    organ_ID: int | None = None  # None: not known
 
 
 class PlaneTester:
@@ -53,8 +60,9 @@ class PlaneTester:
         """Return the network of a snapshot."""
         if self.net is None or len(self.paths) > 1:
             print(f'{self.plane}: snapshot {path}', flush=True)
-            _, thickness, margin, device, precision = self.settings
-            self.net = load_RSTN(path, self.TEST, thickness, margin, device, precision)
+            window, thickness, margin, device, precision, organ_ID = self.settings
+            self.net = load_RSTN(path, self.TEST, thickness, margin, device, precision,
+                                 plane=self.plane, organ_ID=organ_ID, intensity_window=list(window))  # fmt: skip
         return self.net
 
     def release(self):
@@ -106,17 +114,15 @@ def to_bytes(probability):
 def parse(doc):
     """Return the arguments of a testing script with this docstring."""
     parser = arguments.stage_parser(doc, arguments.TESTING, arguments.TESTING_OPTIONAL)
-    arguments.add_precision(parser)
-    arguments.add_nifti(parser)
-    arguments.add_overwrite(parser)
+    arguments.add_testing(parser)
     return arguments.parse(parser)
 
 
 def plane_tester(args, plane, snapshot, TEST, device):
     """Return the PlaneTester of a snapshot's name and a stage's arguments."""
     window = (args.low_range, args.high_range)
-    settings = PlaneSettings(window, args.slice_thickness, args.crop_margin, device, args.precision)
-    return PlaneTester(plane, [snapshot_folder(args) / snapshot], TEST, settings)
+    settings = PlaneSettings(window, args.slice_thickness, args.crop_margin, device, args.precision, args.organ_ID)
+    return PlaneTester(plane, averaged_snapshots(args, snapshot), TEST, settings)
 
 
 def evaluate_plane(args, stage, TEST):
@@ -174,7 +180,8 @@ def run_settings(args, cases, snapshots, kinds=('image_file',)):
     """
     checksum = Checksums(args.data_path)
     settings = {'window': [args.low_range, args.high_range], 'precision': args.precision}
-    settings |= {f'snapshot {snapshot}': checksum(snapshot_folder(args) / snapshot) for snapshot in snapshots}
+    paths = [path for snapshot in snapshots for path in averaged_snapshots(args, snapshot)]
+    settings |= {f'snapshot {path.name}': checksum(path) for path in paths} | {'average': args.average}
     for number, case in enumerate(cases, 1):
         for kind in kinds:
             file = getattr(case, kind)
