@@ -73,6 +73,7 @@ def arguments_of():
     made.add_argument('--probability', action='store_true',
                       help="store the last round's mean probability, too, as merge_organs.py needs it")  # fmt: skip
     add_option(made)
+    arguments.add_overwrite(made)
     return arguments.parse(made)
 
 

@@ -11,6 +11,7 @@ from volumes.fusion import fuse
 def main():
     made = arguments.parser(__doc__, arguments.FUSION, arguments.FUSION_OPTIONAL)
     nifti.add_option(made)
+    arguments.add_overwrite(made)
     fuse(arguments.parse(made), 'coarse')
 
 

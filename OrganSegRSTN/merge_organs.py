@@ -21,7 +21,9 @@ from volumes.rounds import finished, folder_name, probability_file, stored_round
 
 
 def main():
-    args = arguments.parse(arguments.parser(__doc__, arguments.MERGING, arguments.FUSION_OPTIONAL))
+    parser = arguments.parser(__doc__, arguments.MERGING, arguments.FUSION_OPTIONAL)
+    arguments.add_overwrite(parser)
+    args = arguments.parse(parser)
     made = start_without_network(args, 'merging')
     tested = {organ: tested_organ(args, organ) for organ in args.organ_IDs}
     cases = read_cases(args.data_path, 'testing', args.current_fold)

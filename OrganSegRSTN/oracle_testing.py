@@ -12,6 +12,7 @@ def main():
     made = arguments.parser(__doc__, arguments.TESTING, arguments.TESTING_OPTIONAL)
     arguments.add_precision(made)
     nifti.add_option(made)
+    arguments.add_overwrite(made)
     evaluate_plane(arguments.parse(made), 'oracle', 'O')
 
 

@@ -178,6 +178,11 @@ def add_precision(made):
                       help='fp32 (default), or bf16: faster, figures differ in the third digit')  # fmt: skip
 
 
+def add_overwrite(parser):
+    """--overwrite, for a script that finds what an earlier run made with other settings."""
+    parser.add_argument('--overwrite', action='store_true', help='replace what other settings or hands made')
+
+
 def add_training(made):
     """The options that training and pretraining share."""
     add_precision(made)
