@@ -154,6 +154,18 @@ def _read_run(path):
     return content
 
 
+def checksum(path):
+    """Return the SHA-256 of a file; None where it is missing, or no file but a pipe or a device."""
+    digest = hashlib.sha256()
+    try:
+        with open_file(path) as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except (FileNotFoundError, ValueError):
+        return None
+    return digest.hexdigest()
+
+
 class Checksums:
     """SHA-256 of files of a data folder; those of unchanged files are remembered in its .checksums.json.
 
@@ -169,20 +181,15 @@ class Checksums:
 
     def __call__(self, path):
         """Return the SHA-256 of a file; None where it is missing, or no file but a pipe or a device."""
-        digest = hashlib.sha256()
         try:
-            with open_file(path) as file:
-                found = os.fstat(file.fileno())
-                state = [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
-                remembered = self.known.get(str(path))
-                if isinstance(remembered, list) and remembered[:-1] == state:
-                    return remembered[-1]
-                while block := file.read(1 << 22):
-                    digest.update(block)
-        except (FileNotFoundError, ValueError):
+            found = os.stat(path)
+        except OSError:
             return None
-        self.known[str(path)] = [*state, digest.hexdigest()]
-        return digest.hexdigest()
+        state = [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+        remembered = self.known.get(str(path))
+        if not (isinstance(remembered, list) and remembered[:-1] == state):
+            self.known[str(path)] = remembered = [*state, checksum(path)]
+        return remembered[-1]
 
     def save(self):
         """Write what is known; a data folder that cannot be written to costs only time."""
