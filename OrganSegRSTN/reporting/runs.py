@@ -5,7 +5,7 @@ import math
 
 from reporting.measures import compare_surfaces, spread
 from reporting.pictures import draw_gain, draw_rounds, write_chart, write_planes
-from reporting.scores import AGREEMENTS, results_table, rounds_of, stop_round
+from reporting.scores import AGREEMENTS, results_table
 from utils import DSC_computation
 
 HEADLINES = ['coarse2fine', 'coarse_fusion_F2P', 'coarse_Z', 'coarse_Y', 'coarse_X', 'oracle_fusion_F2P']  # the first
@@ -96,11 +96,12 @@ class RunReport:
     def rounds(self, fold, number):
         """DSC and inter-iteration DSC of a case's rounds of coarse to fine, and the round at which it stops."""
         folder = self.stages.get('coarse2fine', {}).get(fold)
-        dice = rounds_of(folder, number) if folder else []
+        case = folder.cases.get(number) if folder else None
+        rounds = case.rounds() if case else []
         return {
-            'rounds': [score.value for score in dice],
-            'inter_iteration': [folder.scores.agreement.get((number, r)) for r in range(1, len(dice))],
-            'stopped_at_round': stop_round(folder, number, float(AGREEMENTS[-1])) if dice else None,
+            'rounds': [dice.value for dice in rounds],
+            'inter_iteration': [case.agreement.get(r) for r in range(1, len(rounds))],
+            'stopped_at_round': case.stop(float(AGREEMENTS[-1])) if rounds else None,
         }
 
     def stored(self, result, fold, stop):
