@@ -57,6 +57,11 @@ class CaseScores(NamedTuple):
         last = len(self.rounds()) - 1
         return next((r for r in range(1, last) if self.agreement.get(r, 0) >= threshold), last)
 
+    def best(self):
+        """The round of the highest DSC, the first of several; its choice needs the label."""
+        values = [-1 if math.isnan(dice.value) else dice.value for dice in self.rounds()]
+        return values.index(max(values))
+
 
 class ResultFolder(NamedTuple):
     """A result folder: what its name says, and the figures of its cases."""
@@ -190,7 +195,8 @@ def results_table(run, stages):
     """{key: {(fold, number): Dice}} of a run's stages: all that results.txt prints an average of, in its order.
 
     Keys: coarse_X, coarse_fusion_F2P, oracle_Z ..., coarse2fine_R0 (round 0; a case that has stopped keeps its last
-    DSC) ..., coarse2fine_0.90 (stopped at this agreement) ..., and coarse2fine, the paper's stop at 0.99.
+    DSC) ..., coarse2fine_best (each case's best round), coarse2fine_0.90 (stopped at this agreement) ..., and
+    coarse2fine, the paper's stop at 0.99.
     """
 
     def cases(stage):
@@ -207,6 +213,8 @@ def results_table(run, stages):
     tested = {place: case for place, case in cases('coarse2fine').items() if case.rounds()}
     for r in range(max((len(case.rounds()) for case in tested.values()), default=0)):
         table[f'coarse2fine_R{r}'] = {place: case.rounds()[: r + 1][-1] for place, case in tested.items()}
+    if tested:
+        table['coarse2fine_best'] = {place: case.rounds()[case.best()] for place, case in tested.items()}
     for threshold in AGREEMENTS:
         table['coarse2fine' if threshold == AGREEMENTS[-1] else f'coarse2fine_{threshold}'] = {
             place: case.rounds()[case.stop(float(threshold))] for place, case in tested.items()
