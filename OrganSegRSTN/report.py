@@ -1,9 +1,10 @@
-"""A report on the test results and training logs of a data folder: DATA_PATH/report/index.html and summary.json.
+"""A report on the test results and training logs of a data folder: DATA_PATH/report/index.html.
 
 Reads results/, logs/, lists/, labels/, images/, geometry/ and dataset.json of the data folder. What is missing or broken becomes a
 line of the report. The page opens from disk, without a network or server. --reference compares it with the figures of
 a JSON file: {"name": "Yu et al. 2018", "coarse2fine": {"mean": 0.8462}}, or a former summary.json; without it NIH
-Pancreas-CT is compared with the published figures in logs/published.json.
+Pancreas-CT is compared with the published figures in logs/published.json. Beside the page: summary.json with all
+figures, and the table of results as results.csv and results.tex.
 """
 
 import contextlib
@@ -17,11 +18,12 @@ from pathlib import Path
 import jinja2
 
 from reporting.data import Source, read_logs
-from reporting.measures import TOLERANCE
+from reporting.measures import RESAMPLES, TOLERANCE
 from reporting.pictures import COLOURS, COLUMNS, draw_losses, write_chart
 from reporting.reference import published_references, read_references
 from reporting.runs import RunReport
 from reporting.scores import AGREEMENTS, read_results
+from reporting.tables import write_csv, write_latex
 from running import arguments, script
 from running.files import errors_naming, locked
 from running.results import code
@@ -49,6 +51,8 @@ def main():
         published = [] if references or not reports else published_references(source)
         content = {'name': data.resolve().name, 'runs': reports, 'notices': source.notices}
         write_json(folder / 'summary.json', summary(**content))
+        write_csv(folder / 'results.csv', reports)
+        write_latex(folder / 'results.tex', reports)
         page = render(**content, logs=charts, references=references or published, published=bool(published))
         (folder / 'index.html').write_text(page, encoding='utf-8')
     size = sum(file.stat().st_size for file in (data / 'report').rglob('*') if file.is_file())
@@ -110,7 +114,8 @@ def summary(name, runs, notices):
         results |= {key: {'all': spread._asdict()} for key, spread in in_mm['measures'].items()} if in_mm else {}
         cases = [{k: v for k, v in case.items() if k not in ('planes', 'id')} for case in run['cases']]
         settings = {key: run[key] for key in ('organ', 'organ_name', 'settings', 'thickness', 'epoch', 'folds')}
-        kept.append(settings | {'results': results, 'cases': cases})
+        stops = [stop | {key: stop[key]._asdict() for key in ('rounds', 'DSC')} for stop in run['stops']]
+        kept.append(settings | {'results': results, 'stops': stops, 'cases': cases})
     return code() | {'name': name, 'NSD_tolerance': TOLERANCE, 'runs': kept, 'notices': notices}
 
 
@@ -163,7 +168,7 @@ def render(**content):
     )
     environment.filters |= {'percent': percent, 'number': number, 'volume': volume, 'coverage': coverage}
     return environment.get_template('page.html').render(
-        content, colours=COLOURS, columns=COLUMNS, tolerance=TOLERANCE, agreement=AGREEMENTS[-1]
+        content, colours=COLOURS, columns=COLUMNS, tolerance=TOLERANCE, resamples=RESAMPLES, agreement=AGREEMENTS[-1]
     )
 
 

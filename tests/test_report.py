@@ -1,6 +1,7 @@
 """report.py: what it measures, what it says of results that are half there, and its page in a real browser."""
 
 import contextlib
+import csv
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from conftest import write_case
 
 from report import number, percent
 from reporting.data import parse_log, read_label_names
-from reporting.measures import Surfaces, compare_surfaces, joint_box, spread
+from reporting.measures import Surfaces, compare_surfaces, interval, joint_box, spread
 from reporting.pictures import anatomy, chosen_slices, contour_path, remarks, thinned, upright
 from reporting.reference import PUBLISHED, figures, read_references
 from reporting.runs import title
@@ -145,8 +146,16 @@ def test_what_cannot_be_measured_is_refused(shape, spacing):
 def test_nothing_vanishes_from_a_mean():
     found = spread([2.0, 4.0, math.inf, math.nan, None])
     assert found[:6] == (5, 2, 3.0, 1.0, 2.0, 4.0)
+    assert 2.0 <= found.low < found.high <= 4.0
     assert (found.infinite, found.undefined, found.unmeasured) == (1, 1, 1)
     assert math.isnan(spread([None]).mean)
+
+
+def test_the_interval_of_a_mean_is_its_bootstrap():
+    values = [0.5, 0.6, 0.7, 0.8, 0.9] * 20  # std 0.141: about 0.7 +- 1.96 * 0.0141
+    assert interval(values) == pytest.approx((0.672, 0.728), abs=0.002)
+    assert interval(values) == interval(values)
+    assert all(map(math.isnan, interval([0.5])))
 
 
 def test_joint_box():
@@ -186,7 +195,7 @@ def test_the_figures_are_those_of_results_txt(golden, report):
             if found['std']:
                 assert results[key]['all']['std'] == float(found['std'])
             seen.add(key)
-    assert seen == results.keys() - {'HD95', 'ASD', 'NSD'}
+    assert seen == results.keys() - {'HD95', 'ASD', 'NSD', 'coarse2fine_best'}
     assert len(seen) == 2 * (3 + 9) + 4 + 4
 
 
@@ -357,6 +366,31 @@ def test_figures_are_read_from_results_json(golden, report):
     assert (first['inter_iteration'], first['stopped_at_round']) == ([0.637], 1)
     assert (second['DSC'], second['rounds'][2], second['stopped_at_round']) == (1, None, 1)
     assert f'{RESULTS}/{ROUNDS}/volumes/R1_2.npz: its DSC is not the one in the results' in out
+
+
+def test_rounds_needed_and_the_best_round(golden, report):
+    (golden / JSON).write_text(json.dumps(GOLDEN_ROUNDS).replace('3421', '34210'))  # round 1 of case 1 is the worse
+    _, summary, page = report(golden)
+    run = summary['runs'][0]
+    assert [case['best_round'] for case in run['cases']] == [0, 1]
+    assert run['results']['coarse2fine_best']['all']['mean'] == pytest.approx((2 * 1116 / (7319 + 1116) + 1) / 2)
+    assert [stop['threshold'] for stop in run['stops']] == ['0.90', '0.95', '0.98', '0.99']
+    assert [stop['reached'] for stop in run['stops']] == [1, 1, 1, 1]  # case 1 ends at 0.637
+    assert (run['stops'][3]['rounds']['mean'], run['stops'][3]['rounds']['std']) == (1, 0)
+    assert '26.46 (round 0)' in page
+
+
+def test_the_table_of_results_as_csv_and_latex(golden, report):
+    (golden / 'dataset.json').write_text('{"labels": {"left_kidney & co": 1}}')
+    report(golden)
+    with open(golden / 'report' / 'results.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    row = next(row for row in rows if row['result'] == 'coarse2fine')
+    assert (row['name'], row['fold'], row['cases'], row['missed']) == ('left_kidney & co', 'all', '2', '0')
+    assert float(row['mean']) == 0.5237438635803298
+    text = (golden / 'report' / 'results.tex').read_text()
+    assert r'left\_kidney \& co' in text
+    assert r'Coarse to fine, stopped at 0.99 & 2 & 52.37 $\pm$ 3.01 & 49.37 to 55.38 & 49.37 & 55.38 \\' in text
 
 
 def test_a_plane_and_a_fusion_are_read_from_results_json(golden, report):

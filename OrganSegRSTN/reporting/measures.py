@@ -9,6 +9,7 @@ import surface_distance
 from scipy import ndimage
 
 TOLERANCE = 1.0  # of the normalized surface Dice, in the unit of the spacing
+RESAMPLES = 10_000  # of the bootstrap
 
 
 class Surfaces(NamedTuple):
@@ -48,6 +49,8 @@ class Spread(NamedTuple):
     std: float  # population standard deviation, as in results.txt
     min: float
     max: float
+    low: float  # 95 % bootstrap interval of the mean; nan for fewer than two cases
+    high: float
     infinite: int  # nothing was predicted, or predicted where there is no organ
     undefined: int  # nan: neither label nor prediction
     unmeasured: int  # None: a volume was missing or broken
@@ -60,8 +63,18 @@ def spread(values):
     figures = [math.nan] * 4
     if finite:
         figures = statistics.fmean(finite), statistics.pstdev(finite), min(finite), max(finite)
+    figures = [*figures, *interval(finite)]
     infinite, undefined = sum(map(math.isinf, numbers)), sum(map(math.isnan, numbers))
     return Spread(len(values), len(finite), *figures, infinite, undefined, len(values) - len(numbers))
+
+
+def interval(values):
+    """(low, high): 95 % percentile bootstrap interval of the mean of finite values, the same in every call."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    means = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def joint_box(masks, shape, margin, least):

@@ -93,11 +93,8 @@ def draw_gain(axes, cases):
     axes.legend(frameon=False, ncols=2, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
     axes.set(ylabel='DSC (%)', ylim=(-2, 102), xlim=(-0.7, len(cases) - 0.3))
     short = [name if len(name) <= 16 else f'{name[:15]}…' for name in names]
-    many = len(names) > 8
-    size = min(8, 540 / len(names))
-    axes.set_xticks(
-        places, short if size > 3 else [''] * len(short), rotation=90 if many else 0, fontsize=size, parse_math=False
-    )
+    size, angle = min(8, 540 / len(names)), 90 if len(names) > 8 else 0
+    axes.set_xticks(places, short if size > 3 else [], rotation=angle, fontsize=size, parse_math=False)
 
 
 MARGIN, LEAST = 12, 64  # voxels: around the box of label and prediction; at least shown along each axis

@@ -5,7 +5,7 @@ import math
 
 from reporting.measures import compare_surfaces, spread
 from reporting.pictures import draw_gain, draw_rounds, write_chart, write_planes
-from reporting.scores import AGREEMENTS, results_table, rounds_of, stop_round
+from reporting.scores import AGREEMENTS, results_table
 from utils import DSC_computation
 
 HEADLINES = ['coarse2fine', 'coarse_fusion_F2P', 'coarse_Z', 'coarse_Y', 'coarse_X', 'oracle_fusion_F2P']  # the first
@@ -46,6 +46,7 @@ class RunReport:
             'headline': next(row for row in rows if row['key'] == headline),
             'distances': [distances(shown, unit) for unit in ('mm', 'voxels')],
             'cases': cases,
+            'stops': self.stops(),
             'charts': run_charts(self.folder, self.index, cases),
         }
 
@@ -96,12 +97,30 @@ class RunReport:
     def rounds(self, fold, number):
         """DSC and inter-iteration DSC of a case's rounds of coarse to fine, and the round at which it stops."""
         folder = self.stages.get('coarse2fine', {}).get(fold)
-        dice = rounds_of(folder, number) if folder else []
+        case = folder.cases.get(number) if folder else None
+        rounds = case.rounds() if case else []
         return {
-            'rounds': [score.value for score in dice],
-            'inter_iteration': [folder.scores.agreement.get((number, r)) for r in range(1, len(dice))],
-            'stopped_at_round': stop_round(folder, number, float(AGREEMENTS[-1])) if dice else None,
+            'rounds': [dice.value for dice in rounds],
+            'inter_iteration': [case.agreement.get(r) for r in range(1, len(rounds))],
+            'stopped_at_round': case.stop(float(AGREEMENTS[-1])) if rounds else None,
+            'best_round': case.best() if rounds else None,
         }
+
+    def stops(self):
+        """For each stopping threshold: the Spread of the rounds needed, and how many cases reached it."""
+        folders = self.stages.get('coarse2fine', {}).values()
+        cases = [case for folder in folders for case in folder.cases.values() if case.rounds()]
+        return [
+            {
+                'threshold': threshold,
+                'rounds': spread([case.stop(float(threshold)) for case in cases]),
+                'reached': sum(
+                    case.agreement.get(case.stop(float(threshold)), 0) >= float(threshold) for case in cases
+                ),
+                'DSC': spread([case.rounds()[case.stop(float(threshold))].value for case in cases]),
+            }
+            for threshold in (AGREEMENTS if cases else ())
+        ]
 
     def stored(self, result, fold, stop):
         """(ResultFolder, prefix of the volume file) of a result of results_table."""
@@ -151,7 +170,7 @@ def title(key):
     stage, _, result = key.rpartition('_')
     if key == 'coarse2fine' or stage == 'coarse2fine':
         where = f'round {result[1:]}' if result.startswith('R') else f'stopped at {result if stage else AGREEMENTS[-1]}'
-        return f'Coarse to fine, {where}'
+        return f'Coarse to fine, {"best round" if result == "best" else where}'
     return f'{stage.replace("_", " ").capitalize()}, {"" if "fusion" in stage else "plane "}{result}'
 
 

@@ -1,5 +1,6 @@
 """Read the DSC of every test case: from results.json of a result folder, else from the published results.txt."""
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -39,22 +40,37 @@ class Run(NamedTuple):
     epoch: str  # e2682
 
 
-class Scores(NamedTuple):
-    """The figures of a result folder; `key` is the prefix of a result's volumes: e2682, X, F2P, R0 ..."""
+class CaseScores(NamedTuple):
+    """The figures of a case; a key is the prefix of a result's volumes: e2682, X, F2P, R0 ..."""
 
-    dice: dict  # {key: {case number: Dice}}
-    agreement: dict  # {(case number, round): inter-iteration DSC}
-    images: dict  # {case number: image file}, as far as they are known
+    image_file: str | None
+    dice: dict  # {key: Dice}
+    agreement: dict  # {round: inter-iteration DSC}
+
+    def rounds(self):
+        """[Dice] of rounds 0, 1, ... as far as the case went."""
+        keys = itertools.takewhile(self.dice.__contains__, (f'R{r}' for r in itertools.count()))
+        return [self.dice[key] for key in keys]
+
+    def stop(self, threshold):
+        """The first round whose inter-iteration DSC reaches `threshold`, else the last one."""
+        last = len(self.rounds()) - 1
+        return next((r for r in range(1, last) if self.agreement.get(r, 0) >= threshold), last)
+
+    def best(self):
+        """The round of the highest DSC, the first of several; its choice needs the label."""
+        values = [-1 if math.isnan(dice.value) else dice.value for dice in self.rounds()]
+        return values.index(max(values))
 
 
 class ResultFolder(NamedTuple):
-    """A result folder: what its name says, and its figures."""
+    """A result folder: what its name says, and the figures of its cases."""
 
     path: Path
     stage: str  # coarse_X, oracle_fusion, coarse2fine ...
     fold: int
     run: Run
-    scores: Scores
+    cases: dict  # {number: CaseScores}
 
     def volume_file(self, key, number):
         return self.path / 'volumes' / f'{key}_{number}.npz'
@@ -100,51 +116,45 @@ def read_folder(source, path):
     snapshots = [SNAPSHOT.fullmatch(text) for text in name['snapshots'].split(',')] if name else [None]
     if None in snapshots:
         raise ValueError(f'{path}: left out, not the name of a result folder')
-    first = snapshots[0]
-    scores = read_scores(source, path)
-    check_cases(source, path, int(name['fold']), scores)
-    if not any(scores.dice.values()):
+    cases = read_scores(source, path)
+    drop_moved(source, path, int(name['fold']), cases)
+    keys = [key for case in cases.values() for key in case.dice]
+    if not keys:
         raise ValueError(f'{path}: left out, it holds no result yet; run its stage to the end')
-    run = Run(
-        int(first['organ']), settings, int(first['thickness']), name.groupdict().get('epoch') or next(iter(scores.dice))
-    )
+    first, epoch = snapshots[0], name.groupdict().get('epoch', keys[0])
     stage += f'_{first["plane"]}' if NAMES[stage] is _PLANE else ''
-    return ResultFolder(path, stage, int(name['fold']), run, scores)
+    run = Run(int(first['organ']), settings, int(first['thickness']), epoch)
+    return ResultFolder(path, stage, int(name['fold']), run, cases)
 
 
 def read_scores(source, path):
-    """The Scores in results.json of a folder, or in results.txt if that was written later or is the only one."""
+    """{number: CaseScores} of results.json, or of results.txt if that was written later or is the only one."""
     file, text = path / 'results.json', path / 'results.txt'
     try:
         if not text.exists() or file.stat().st_mtime > text.stat().st_mtime - 60:
-            return json_scores(read_json(file))
+            return dict(map(json_scores, read_json(file)['cases']))
     except FileNotFoundError:
         pass
     except MALFORMED as error:
         source.notice(f'{file}: not readable ({error!r}); results.txt is read instead')
-    return text_scores(source, text) if text.exists() else Scores({}, {}, {})
+    return text_scores(source, text) if text.exists() else {}
 
 
-def json_scores(content):
-    """The Scores in the content of a results.json; one of MALFORMED if it is not one."""
-    scores = Scores({}, {}, {})
-    for case in content['cases']:
-        number = int(case['number'])
-        scores.images[number] = str(case['image_file'])
-        for key, dice in case['scores'].items():
-            both, pred, label = (int(dice[name]) for name in ('intersection', 'prediction', 'label'))
-            if not 0 <= both <= min(pred, label):
-                raise ValueError(f'{both} of {pred} and {label} voxels cannot overlap')
-            scores.dice.setdefault(key, {})[number] = dice_of(both, pred, label)
-        for r, value in case.get('agreement', {}).items():
-            scores.agreement[number, int(r)] = float(value)
-    return scores
+def json_scores(case):
+    """(number, CaseScores) of a case in a results.json; one of MALFORMED if it is not one."""
+    dice = {}
+    for key, counts in case['scores'].items():
+        both, pred, label = (int(counts[name]) for name in ('intersection', 'prediction', 'label'))
+        if not 0 <= both <= min(pred, label):
+            raise ValueError(f'{both} of {pred} and {label} voxels cannot overlap')
+        dice[key] = dice_of(both, pred, label)
+    agreement = {int(r): float(value) for r, value in case.get('agreement', {}).items()}
+    return int(case['number']), CaseScores(str(case['image_file']), dice, agreement)
 
 
 def text_scores(source, path):
-    """The Scores in a results.txt; without its averages it was cut off, and its last case is left out."""
-    scores = Scores({}, {}, {})
-    number, epoch, latest, whole = 0, '', 0, False
+    """{number: CaseScores} of a results.txt; without its averages it was cut off, and its last case is left out."""
+    cases, number, epoch, latest, whole = {}, 0, '', 0, False
     for line in text_lines(path):
         if place := PLACE.match(line):
             number, epoch = int(place['case'] or 0), place['epoch'] or epoch
@@ -152,18 +162,17 @@ def text_scores(source, path):
         found = SCORE.search(line)
         if not (found and number):
             continue
+        case = cases.setdefault(number, CaseScores(None, {}, {}))
         dice = dice_of(*(int(found[name]) for name in ('both', 'pred', 'label')))
         if found['agreement']:
-            scores.agreement[number, latest] = dice.value if dice.pred + dice.label else 1.0
+            case.agreement[latest] = dice.value if dice.pred + dice.label else 1.0  # two empty rounds agree
             continue
         latest = int(found['round'] or 0)
-        key = found['fusion'] or (f'R{latest}' if found['round'] else epoch)
-        scores.dice.setdefault(key, {})[number] = dice
-    if number and not whole:
+        case.dice[found['fusion'] or (f'R{latest}' if found['round'] else epoch)] = dice
+    if cases and not whole:
         source.notice(f'{path}: cut off within case {number}, which is left out; run its stage to the end')
-        for values in scores.dice.values():
-            values.pop(number, None)
-    return scores
+        cases.pop(number, None)
+    return cases
 
 
 def dice_of(both, pred, label):
@@ -171,61 +180,43 @@ def dice_of(both, pred, label):
     return Dice(2.0 * both / (pred + label) if pred + label else math.nan, both, pred, label)
 
 
-def check_cases(source, path, fold, scores):
-    """Notice the cases of a fold's list without a result; drop results of cases that the list has elsewhere now."""
-    cases = source.cases(fold)
-    for number, image_file in scores.images.items():
-        if not cases or Path(image_file).stem == source.case_name(fold, number):
-            continue
-        source.notice(f'{path}: {image_file} left out, the testing list has changed since; test again')
-        for values in scores.dice.values():
-            values.pop(number, None)
-    there = {number for values in scores.dice.values() for number in values}
-    if there and (lacking := [source.case_name(fold, number) for number in cases if number not in there]):
-        source.notice(f'{path}: {len(lacking)} of {len(cases)} cases without a result: {", ".join(lacking)}')
-
-
-# --- tables --------------------------------------------------------------------------------------------------------
-
-
-def rounds_of(folder, number):
-    """[Dice] of a case's rounds 0, 1, ... as far as it went."""
-    found = []
-    while number in folder.scores.dice.get(f'R{len(found)}', {}):
-        found.append(folder.scores.dice[f'R{len(found)}'][number])
-    return found
-
-
-def stop_round(folder, number, threshold):
-    """The first round whose inter-iteration DSC reaches `threshold`, else the last round."""
-    last = len(rounds_of(folder, number)) - 1
-    agreed = (r for r in range(1, last) if folder.scores.agreement.get((number, r), 0) >= threshold)
-    return next(agreed, last)
+def drop_moved(source, path, fold, cases):
+    """Drop the results of cases that the fold's list has elsewhere now; notice the cases without a result."""
+    listed = source.cases(fold)
+    for number, case in list(cases.items()):
+        if listed and case.image_file and Path(case.image_file).stem != source.case_name(fold, number):
+            source.notice(f'{path}: {case.image_file} left out, the testing list has changed since; test again')
+            del cases[number]
+    if cases and (lacking := [source.case_name(fold, number) for number in listed if number not in cases]):
+        source.notice(f'{path}: {len(lacking)} of {len(listed)} cases without a result: {", ".join(lacking)}')
 
 
 def results_table(run, stages):
     """{key: {(fold, number): Dice}} of a run's stages: all that results.txt prints an average of, in its order.
 
     Keys: coarse_X, coarse_fusion_F2P, oracle_Z ..., coarse2fine_R0 (round 0; a case that has stopped keeps its last
-    DSC) ..., coarse2fine_0.90 (stopped at this agreement) ..., and coarse2fine, the paper's stop at 0.99.
+    DSC) ..., coarse2fine_best (each case's best round), coarse2fine_0.90 (stopped at this agreement) ..., and
+    coarse2fine, the paper's stop at 0.99.
     """
 
-    def cases(stage, key):
+    def cases(stage):
         folders = sorted(stages.get(stage, {}).items())
-        return {
-            (fold, n): dice for fold, folder in folders for n, dice in sorted(folder.scores.dice.get(key, {}).items())
-        }
+        return {(fold, n): case for fold, folder in folders for n, case in sorted(folder.cases.items())}
+
+    def column(stage, key):
+        return {place: case.dice[key] for place, case in cases(stage).items() if key in case.dice}
 
     table = {}
     for kind in ('coarse', 'oracle'):
-        table |= {f'{kind}_{plane}': cases(f'{kind}_{plane}', run.epoch) for plane in PLANES}
-        table |= {f'{kind}_fusion_{fusion}': cases(f'{kind}_fusion', fusion) for fusion in FUSIONS}
-    folders = stages.get('coarse2fine', {})
-    rounds = {(fold, number): rounds_of(folders[fold], number) for fold, number in cases('coarse2fine', 'R0')}
-    for r in range(max(map(len, rounds.values()), default=0)):
-        table[f'coarse2fine_R{r}'] = {case: dice[min(r, len(dice) - 1)] for case, dice in rounds.items()}
+        table |= {f'{kind}_{plane}': column(f'{kind}_{plane}', run.epoch) for plane in PLANES}
+        table |= {f'{kind}_fusion_{fusion}': column(f'{kind}_fusion', fusion) for fusion in FUSIONS}
+    tested = {place: case for place, case in cases('coarse2fine').items() if case.rounds()}
+    for r in range(max((len(case.rounds()) for case in tested.values()), default=0)):
+        table[f'coarse2fine_R{r}'] = {place: case.rounds()[: r + 1][-1] for place, case in tested.items()}
+    if tested:
+        table['coarse2fine_best'] = {place: case.rounds()[case.best()] for place, case in tested.items()}
     for threshold in AGREEMENTS:
         table['coarse2fine' if threshold == AGREEMENTS[-1] else f'coarse2fine_{threshold}'] = {
-            (fold, n): dice[stop_round(folders[fold], n, float(threshold))] for (fold, n), dice in rounds.items()
+            place: case.rounds()[case.stop(float(threshold))] for place, case in tested.items()
         }
     return {key: values for key, values in table.items() if values}
