@@ -182,6 +182,8 @@ def plane_settings(args, training, snapshot, device):
         settle('--low_range', args.low_range, low, -100),
         settle('--high_range', args.high_range, high, 240),
     )
+    if window[0] >= window[1]:
+        raise ValueError(f'--high_range {window[1]:g} is not above --low_range {window[0]:g}')
     margin = settle('--margin', args.margin, training.crop_margin, named_margin(snapshot))
     return PlaneSettings(window, training.slice_thickness, margin, device, args.precision)
 

@@ -1,6 +1,7 @@
 """Dice, post-processing and the fusion of three planes, on literal arrays; C++ and scipy do the same."""
 
 import math
+import shutil
 import subprocess
 import sys
 
@@ -216,3 +217,13 @@ def test_a_stopped_run_leaves_no_results(tmp_path):
         results('first line')
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('content', ['import a_module_that_is_not_there', 'raise OSError("of another platform")'])
+def test_a_module_that_a_build_by_hand_left_and_that_fails_is_named(tmp_path, content):
+    shutil.copy(CODE / 'utils.py', tmp_path)
+    (tmp_path / 'fast_functions.py').write_text(content)
+    code = 'import numpy as np, utils; print(utils.DSC_computation(np.ones(3, bool), np.ones(3, bool)).value)'
+    done = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[1] == '1.0'
+    assert f'remove {tmp_path / "fast_functions.py"} and _fast_functions.so beside it' in done.stdout

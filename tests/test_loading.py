@@ -18,6 +18,7 @@ from running.data_folder import (
     epoch_name,
     find_pretrained,
     find_snapshot,
+    find_snapshots,
     results_folder,
     snapshot_folder,
     snapshot_name,
@@ -252,6 +253,33 @@ def test_training_starts_from_the_first_there_is(tmp_path):
         (folder / name).touch()
         assert find_pretrained(args).name == name
     assert find_pretrained(settings(tmp_path, pretrained='own.pth')) == Path('own.pth')
+
+
+def save_empty(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+
+
+def test_three_planes_without_timestamps_are_of_one_training(tmp_path, capsys):
+    """The newest snapshot of each plane may be of another training: two stopped trainings have left these."""
+    args = settings(tmp_path, timestamp1_X='_', timestamp1_Y='_', timestamp1_Z='_')
+    old, new = '20261101_000000', '20261102_000000'
+    names = {time: [f'FD0:{plane}J3_1_{time}.pkl' for plane in 'XYZ'] for time in (old, new)}
+    save_empty(snapshot_folder(args), *names[old], names[new][0])
+    assert find_snapshots(args) == names[old]
+    assert f'X, Y, Z: no snapshot without a timestamp; tests the newest training: {old}' in capsys.readouterr().out
+    save_empty(snapshot_folder(args), *names[new])
+    assert find_snapshots(args) == names[new]
+    args.timestamp1_X = old
+    assert find_snapshots(args) == [names[old][0], *names[new][1:]], 'a timestamp that is given is taken'
+
+
+def test_planes_that_no_training_has_in_common_are_an_error(tmp_path):
+    args = settings(tmp_path, timestamp1_X='_', timestamp1_Y='_', timestamp1_Z='_')
+    save_empty(snapshot_folder(args), 'FD0:XJ3_1.pkl', 'FD0:YJ3_1_20261101_000000.pkl', 'FD0:ZJ3_1.pkl')
+    with pytest.raises(ValueError, match=r'no training of all planes \(X: _; Y: 20261101_000000; Z: _\)'):
+        find_snapshots(args)
 
 
 # --- who holds a folder --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import os
 import sys
 
 import nibabel as nib
@@ -14,7 +15,9 @@ from raw_scans import make_slices, write_slices
 
 import predict
 import volumes.testing
+from model import RSTN
 from running.files import load_volume
+from running.weights import describe
 from volumes.rounds import coarse_probability
 
 PLI = np.array(
@@ -163,7 +166,7 @@ def write_geometry(path, affine, holds='position'):
 
 
 def orientation_of(told, snapshot, capsys):
-    codes = predict.training_orientation(told, snapshot)
+    codes = predict.training_orientation(told, predict.Training(4, 3), snapshot)
     return codes, capsys.readouterr().out
 
 
@@ -322,7 +325,7 @@ def refused(done, *words):
         assert word in error[0]
 
 
-@pytest.mark.parametrize('shape', [(6, 5), (6, 5, 4, 2), (6, 5, 4, 1)])
+@pytest.mark.parametrize('shape', [(6, 5), (6, 5, 4, 2)])
 def test_a_volume_of_2_or_4_axes_is_refused(shape, snapshots, tmp_path, call):
     path = write(tmp_path / 'flat.nii', np.zeros(shape, np.int16))
     refused(call('predict.py', path, tmp_path / 'm.nii', *snapshots), 'flat.nii', 'one 3D volume is expected')
@@ -352,6 +355,14 @@ def test_outputs_that_cannot_be_meant_are_refused(scan, snapshots, tmp_path, cal
     assert scan.read_bytes() == before
     mask = tmp_path / 'm.nii'
     refused(call('predict.py', scan, mask, *snapshots, '--probability', mask), 'must be different files')
+    (tmp_path / 'link.nii.gz').symlink_to(scan)
+    os.link(scan, tmp_path / 'hard.nii.gz')
+    for one, other in ((scan, 'link'), (scan, 'hard'), (tmp_path / 'link.nii.gz', 'scan')):
+        refused(call('predict.py', one, tmp_path / f'{other}.nii.gz', *snapshots), 'must be different files')
+    assert scan.read_bytes() == before
+    (tmp_path / 'folder.nii').mkdir()
+    for output in ('folder.nii', 'scan.nii.gz/m.nii'):
+        refused(call('predict.py', scan, tmp_path / output, *snapshots), output, 'cannot be written')
 
 
 def test_snapshots_that_do_not_belong_together_are_refused(scan, snapshots, tmp_path, call):
@@ -363,9 +374,9 @@ def test_snapshots_that_do_not_belong_together_are_refused(scan, snapshots, tmp_
     torch.save(thin, one := tmp_path / 'FD0:ZJ1_1.pkl')
     for paths, words in (
         ((x, wide, z), ['YJ3_1.pkl: has width 5', 'XJ3_1.pkl has width 4']),
-        ((x, y, other), ['ZJ3_2_20261123_000000.pkl: has organ 2', 'has organ 1']),
-        ((x, y, one), ['ZJ1_1.pkl: has thickness 1', 'has thickness 3']),
-        ((x, y, f'{z},{other}'), ['has organ 2']),
+        ((x, y, other), ['ZJ3_2_20261123_000000.pkl: has organ_ID 2', 'has organ_ID 1']),
+        ((x, y, one), ['ZJ1_1.pkl: has slice_thickness 1', 'has slice_thickness 3']),
+        ((x, y, f'{z},{other}'), ['has organ_ID 2']),
     ):
         refused(call('predict.py', scan, tmp_path / 'm.nii', *paths), *words)
 
@@ -391,7 +402,12 @@ def test_the_device_goes_by_its_name_in_the_stages_too(name, scan, snapshots, tm
 
 
 def test_options_are_checked_before_any_work(scan, snapshots, tmp_path, call):
-    for options in (['--orientation', 'PLX'], ['--orientation', 'PAI'], ['--threshold', 2], ['--low_range', 300]):
+    for options in (
+        ['--orientation', 'PLX'],
+        ['--orientation', 'PAI'],
+        ['--threshold', 2],
+        ['--low_range', 300, '--high_range', 200],
+    ):
         assert call('predict.py', scan, tmp_path / 'm.nii', *snapshots, *options).code == 2
     assert call('predict.py', scan).code == 2
 
@@ -405,5 +421,99 @@ def test_a_comma_separates_snapshots_but_also_stands_in_folder_names():
 
 
 def test_the_margin_is_the_one_in_the_folders_name():
-    assert predict.find_margin(predict.Path('models/snapshots/SIJ_training_1e-4x10,10/FD0:XJ3_1.pkl')) == 10
-    assert predict.find_margin(predict.Path('elsewhere/FD0:XJ3_1.pkl')) == 20
+    assert predict.named_margin(predict.Path('models/snapshots/SIJ_training_1e-4x10,10/FD0:XJ3_1.pkl')) == 10
+    assert predict.named_margin(predict.Path('elsewhere/FD0:XJ3_1.pkl')) == 20
+
+
+# --- what snapshots say of their training --------------------------------------------------------------------------
+
+FACTS = {
+    'intensity_window': [-150.0, 200.0],
+    'crop_margin': 2,
+    'slice_thickness': 3,
+    'organ_ID': 1,
+    'orientation': 'RPS',
+}
+
+
+def described(folder, **changes):
+    """Snapshots of the three planes, which say what their training was like."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for plane in 'XYZ':
+        state = RSTN(width=4).state_dict()
+        state.update(tiny_weights())
+        torch.save(describe(state, plane=plane, **FACTS | changes), folder / f'{plane}.pkl')
+        paths.append(folder / f'{plane}.pkl')
+    return paths
+
+
+def test_window_margin_and_orientation_come_from_the_snapshots_wherever_they_lie(scan, snapshots, tmp_path, call):
+    """Published snapshots say nothing: the same figures have to be given, and are said to be assumed where they are not."""
+    done = call('predict.py', scan, tmp_path / 'a.nii', *described(tmp_path / 'x'), '--rounds', 2)
+    assert done.code == 0, done.err
+    for line in (
+        '--low_range: -150, as the snapshots say',
+        '--margin: 2, as the',
+        'training arrays: RPS (as the snapshots',
+    ):
+        assert line in done.out
+    asked = ['--low_range', -150, '--high_range', 200, '--margin', 2, '--orientation', 'RPS']
+    same = call('predict.py', scan, tmp_path / 'b.nii', *snapshots, '--rounds', 2, *asked)
+    assert same.code == 0 and 'assumes' not in same.out
+    np.testing.assert_array_equal(mask_of(tmp_path / 'a.nii'), mask_of(tmp_path / 'b.nii'))
+    published = call('predict.py', scan, tmp_path / 'c.nii', *snapshots, '--rounds', 2)
+    for line in (
+        '--low_range: the snapshots do not say; assumes -100',
+        '--margin: the snapshots do not say; assumes 4',
+    ):
+        assert line in published.out
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (['--low_range', -100], ['--low_range -100: the snapshots were trained with -150']),
+        (['--margin', 20], ['--margin 20: the snapshots were trained with 2']),
+        (['--orientation', 'PLI'], ['--orientation PLI: the snapshots were trained on arrays that lie RPS']),
+    ],
+)
+def test_options_that_contradict_the_snapshots_are_refused(options, words, scan, tmp_path, call):
+    refused(call('predict.py', scan, tmp_path / 'm.nii', *described(tmp_path / 'x'), *options), *words)
+    assert not (tmp_path / 'm.nii').exists()
+
+
+def test_snapshots_of_unlike_trainings_are_refused(scan, tmp_path, call):
+    one, other = described(tmp_path / 'one'), described(tmp_path / 'other', intensity_window=[-100.0, 240.0])
+    refused(call('predict.py', scan, tmp_path / 'm.nii', *one[:2], other[2]), 'intensity_window [-100.0, 240.0]')
+    refused(
+        call('predict.py', scan, tmp_path / 'm.nii', one[1], one[0], one[2]), 'a snapshot of plane Y given for plane X'
+    )
+
+
+def test_voxels_of_another_size_than_in_training_are_warned_about(scan, tmp_path, call):
+    done = call('predict.py', scan, tmp_path / 'm.nii', *described(tmp_path, spacing=[1.0, 1.0, 5.0]), '--rounds', 0)
+    assert (
+        done.code == 0 and 'warning: voxels of 2 x 3 x 5 mm, but the networks were trained on 1 x 1 x 5 mm' in done.out
+    )
+
+
+def test_a_window_that_is_none_is_refused(scan, snapshots, tmp_path, call):
+    refused(
+        call('predict.py', scan, tmp_path / 'm.nii', *snapshots, '--low_range', 300), 'is not above --low_range 300'
+    )
+
+
+def test_blanks_after_the_commas_of_a_list_are_allowed():
+    assert predict.split_snapshots('a.pkl, b.pkl') == [predict.Path('a.pkl'), predict.Path('b.pkl')]
+
+
+def test_weights_of_the_fine_network_that_are_not_finite_are_found_before_the_coarse_step(
+    scan, snapshots, tmp_path, call
+):
+    weights = tiny_weights()
+    weights['fine_model.fc7.bias'][0] = np.nan
+    torch.save(weights, tmp_path / 'FD0:XJ3_1.pkl')
+    done = call('predict.py', scan, tmp_path / 'm.nii', tmp_path / 'FD0:XJ3_1.pkl', *snapshots[1:])
+    refused(done, 'FD0:XJ3_1.pkl: fine_model.fc7.bias is not finite')
+    assert 'coarse:' not in done.out

@@ -188,6 +188,7 @@ def parse(parser, argv=None):
     highest = max(getattr(args, 'organ_IDs', [getattr(args, 'organ_ID', 0)]))
     if highest > getattr(args, 'organ_number', 255):
         parser.error(f'argument organ_ID: {highest} is above organ_number, {args.organ_number}')
-    if hasattr(args, 'low_range') and args.low_range >= args.high_range:
+    low, high = (getattr(args, name, None) for name in ('low_range', 'high_range'))
+    if None not in (low, high) and low >= high:
         parser.error(f'argument high_range: {args.high_range:g} is not above low_range, {args.low_range:g}')
     return args

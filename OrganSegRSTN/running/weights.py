@@ -97,8 +97,9 @@ def description(weights):
 def check_facts(path, facts, expected):
     """Raise ValueError where weights were trained with other values than these; None is unknown."""
     for name, value in expected.items():
-        if None not in (value, facts.get(name)) and facts[name] != value:
-            raise ValueError(f'{path}: trained with {name} {facts[name]}, not {value}')
+        known = facts.get(name)
+        if None not in (value, known) and known != (list(value) if isinstance(value, tuple) else value):
+            raise ValueError(f'{path}: trained with {name} {known}, not {value}')
 
 
 # --- before loading ------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class PlaneTester:
             print(f'{self.plane}: snapshot {path}', flush=True)
             window, thickness, margin, device, precision, organ_ID = self.settings
             self.net = load_RSTN(path, self.TEST, thickness, margin, device, precision,
-                                 plane=self.plane, organ_ID=organ_ID, intensity_window=list(window))  # fmt: skip
+                                 plane=self.plane, organ_ID=organ_ID, intensity_window=window)  # fmt: skip
         return self.net
 
     def release(self):
