@@ -1,8 +1,11 @@
-"""Looks over a data folder before a long training: python check_data.py data_path organ_number low_range high_range
+"""Looks over a data folder before a long training. Usage:
 
-Reads images/, labels/ and geometry/. Prints a line for each case, warnings (look at these cases) and errors (init.py or
-the training would stop; exit code 1). Writes data_path/check_data.png, or check_data_1.png ... for several organs: of
-each case the axial slice with most of the organ, its contour in red.
+    python check_data.py data_path organ_number low_range high_range
+
+Reads images/, labels/ and geometry/. Prints a line for each case, warnings (look at these cases) and
+errors (init.py or the training would stop; exit code 1). Writes data_path/check_data.png, or
+check_data_1.png ... for several organs: of each case the axial slice with most of the organ, its
+contour in red.
 """
 
 from collections import Counter
@@ -102,7 +105,7 @@ def main():
 
 
 def measure_case(args, name, warnings):
-    """Return the CaseFigures of a name and add its warnings; ValueError or OSError if init.py would stop at it."""
+    """Return the CaseFigures of a case, add its warnings; raise what init.py would stop at."""
     data, intensity_window = Path(args.data_path), (args.low_range, args.high_range)
     image, label = (load_array(data / kind / f'{name}.npy') for kind in ('images', 'labels'))
     check_partners(data, name, image, label)
@@ -174,7 +177,7 @@ def compare_images(cases, warnings):
 
 
 def compare_organs(cases, organ_ID, warnings):
-    """Warn of cases whose organ differs from the others' in size, density or place, as a flipped label does."""
+    """Warn of cases whose organ differs from the others' in size, density or place."""
     present = [case for case in cases if case.organs[organ_ID - 1].voxels]
     if cases and not present:
         warnings.add(f'organ {organ_ID} is in no label: it cannot be trained on')
@@ -197,9 +200,10 @@ def compare_organs(cases, organ_ID, warnings):
 
 
 def robust_z(values, least):
-    """Return how many robust standard deviations (from the median deviation) each value is from the median.
+    """Return how many robust standard deviations each value is from the median.
 
-    least: the smallest deviation to measure by, in the values' unit, so that an even cohort has no outliers.
+    least: the smallest deviation to measure by, in the values' unit, so that an even cohort has
+    no outliers.
     """
     off = np.asarray(values, float) - np.median(values)
     return off / max(np.median(np.abs(off)) / 0.6745, least)

@@ -1,4 +1,4 @@
-"""The files of a data set to convert with nii2npy.py: images, labels, and the organs in nnU-Net's dataset.json."""
+"""The files of a data set for nii2npy.py: images, labels, and the organs in dataset.json."""
 
 import glob
 import json
@@ -14,7 +14,7 @@ SCAN = re.compile(r'\.(nii(\.gz)?|nrrd|mha|mhd)$', re.IGNORECASE)
 
 
 def find(raw, where, places):
-    """Return {case: [path, ...]} of the scans in `where`, else in the `places` of `raw`; print what is left out."""
+    """Return {case: [path, ...]} in `where`, else in the `places` of `raw`; print what is left out."""
     if where is None:
         patterns = [os.path.join(glob.escape(raw), place, '*') for place in places]
     elif os.path.isdir(where):
@@ -35,7 +35,7 @@ def find(raw, where, places):
 
 
 def find_files(pattern):
-    """Return {case: [path, ...]} of the scans that match a pattern; its last * stands for the case."""
+    """Return {case: [path, ...]} of a pattern, whose last * stands for the case."""
     parts = Path(pattern).parts
     place = max(i for i, part in enumerate(parts) if '*' in part)
     around = re.sub(r'\.nii(\.gz|\*)?$', '', parts[place]).split('*')
@@ -51,7 +51,7 @@ def find_files(pattern):
 
 
 def print_left_out(pattern):
-    """Print how many files of the folders that FOLDER/* matches are no scans by name, or hidden, and the first five."""
+    """Print how many files that FOLDER/* matches are hidden or no scans by name, and five of them."""
     hidden = glob.glob(f'{pattern[:-1]}.*')
     paths = hidden + [path for path in glob.glob(pattern) if not SCAN.search(path)]
     paths = sorted(path for path in paths if not os.path.isdir(path) and not path.endswith(('.npy', '.part')))
@@ -61,7 +61,7 @@ def print_left_out(pattern):
 
 
 def without_channel(images, labels):
-    """Return the images with nnU-Net's NAME_0000, NAME_0001 ... under NAME, if that is a label's name."""
+    """Return the images, nnU-Net's NAME_0000, NAME_0001 ... under NAME if a label has that name."""
     cases = defaultdict(list)
     for case, paths in images.items():
         name = re.sub(r'_\d{4}$', '', case)
@@ -70,7 +70,7 @@ def without_channel(images, labels):
 
 
 def save_organ_names(raw, data_path):
-    """Write organs.json, {"1": "pancreas", ...}, from raw/dataset.json, if there is one, and print ORGAN_NUMBER."""
+    """Write organs.json, {"1": "pancreas", ...}, from raw/dataset.json; print ORGAN_NUMBER."""
     path, organs = Path(raw, 'dataset.json'), {}
     try:
         for key, value in dict(
