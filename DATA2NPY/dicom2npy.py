@@ -2,10 +2,11 @@
 
     python dicom2npy.py [RAW] [OUT]
 
-RAW (default: the folder you are in) is searched for folders that hold a series. DOI/PANCREAS_0001/... and
-manifest-.../Pancreas-CT/PANCREAS_0001/... become case 0001; elsewhere a case is named by the first folder below RAW in
-which the series differ. OUT (default: RAW) is the data folder. Slices are ordered by InstanceNumber, as published, and
-that order is held against their positions. A case that fails is named, the others are converted, the exit code is 1.
+RAW (default: the current folder) is searched for folders that hold a series. DOI/PANCREAS_0001/... and
+manifest-.../Pancreas-CT/PANCREAS_0001/... become case 0001. Elsewhere a case is named after the first folder
+below RAW in which the series differ. OUT (default: RAW) is the data folder. Slices are ordered by
+InstanceNumber, as published, and that order is checked against their positions. A case that fails is named,
+the others are converted, and the exit code is 1.
 """
 
 import os
@@ -13,16 +14,19 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from running.arguments import Parser
-from running.script import run
-from scans.converting import case_name, convert_all, existing_folder, only_one, save_scan, speaker
-from scans.dicom import read_series, series_folders
-
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'OrganSegRSTN'))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), '..', 'OrganSegRSTN'))
+try:
+    from running.arguments import Parser
+    from running.script import run
+    from scans.converting import case_name, convert_all, existing_folder, only_one, save_scan, speaker
+    from scans.dicom import read_series, series_folders
+except ModuleNotFoundError as error:
+    sys.exit(f'dicom2npy.py: error: {error}; install requirements.txt, and run this script where the repository has it: '
+             'python REPOSITORY/DATA2NPY/dicom2npy.py RAW OUT')  # fmt: skip
 
 
 def find_series(raw):
-    """{case: [folder, ...]} of the folders that hold slices; PANCREAS_0001 is a case even where it holds none."""
+    """Return {case: [folder, ...]} of the folders that hold slices. PANCREAS_0001 is a case even without slices."""
     cases, others = defaultdict(list), {}
     top = Path(raw).resolve().name
     for folder, holds_slices in series_folders(raw):
@@ -39,10 +43,10 @@ def find_series(raw):
 
 
 def main():
-    made = Parser(__doc__)
-    made.add_argument('raw', metavar='RAW', nargs='?', default='.', help='folder with the DICOM series')
-    made.add_argument('out', metavar='OUT', nargs='?', help='data folder to write to (RAW)')
-    args = made.parse_args()
+    parser = Parser(__doc__)
+    parser.add_argument('raw', metavar='RAW', nargs='?', default='.', help='folder with the DICOM series')
+    parser.add_argument('out', metavar='OUT', nargs='?', help='data folder to write to (RAW)')
+    args = parser.parse_args()
     raw, out = existing_folder(args.raw), args.out or args.raw
     cases = find_series(raw)
     if not cases:

@@ -1,9 +1,9 @@
-"""Write a small made-up cohort as raw data, in the folder layout of NIH Pancreas-CT: the pipeline's built-in demo.
+"""Write a small synthetic cohort as raw data in the folder layout of NIH Pancreas-CT: the built-in demo.
 
-Each case is an upper abdomen of its own anatomy: OUT/DOI/PANCREAS_0001/STUDY/SERIES/000000.dcm ... (CT slices, 16 bit,
-slope 1, intercept -1024, z decreasing with InstanceNumber) and OUT/TCIA_pancreas_labels-02-05-2017/label0001.nii.gz.
-The target, organ 1, is a small bent pancreas amid duodenum, bowel and stomach of nearly its HU. The same arguments
-give the same bytes. Usage:
+Each case is an upper abdomen with its own anatomy: OUT/DOI/PANCREAS_0001/STUDY/SERIES/000000.dcm ...
+(CT slices, 16 bit, slope 1, intercept -1024, z decreasing with InstanceNumber) and
+OUT/TCIA_pancreas_labels-02-05-2017/label0001.nii.gz. The target, organ 1, is a small bent pancreas
+between duodenum, bowel and stomach of nearly the same HU. The same arguments give the same bytes. Usage:
 
     python make_phantom.py OUT [--cases 8] [--size 96 96 40] [--seed 0] [--target_only]
 """
@@ -14,16 +14,20 @@ import shutil
 import sys
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-from scipy import ndimage
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), '..', 'OrganSegRSTN'))
+try:
+    import nibabel as nib
+    import numpy as np
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+    from scipy import ndimage
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'OrganSegRSTN'))
-from running.arguments import Parser, whole
-from running.files import atomic_write, errors_naming, locked
-from running.script import run
+    from running.arguments import Parser, whole
+    from running.files import atomic_write, errors_naming, locked
+    from running.script import run
+except ModuleNotFoundError as error:
+    sys.exit(f'make_phantom.py: error: {error}; install requirements.txt, and run this script where the repository has '
+             'it: python REPOSITORY/DATA2NPY/make_phantom.py OUT')  # fmt: skip
 
 PANCREAS, DUODENUM, STOMACH, LIVER, SPLEEN, RIGHT_KIDNEY, LEFT_KIDNEY, AORTA = range(1, 9)
 FIELD_MM = np.array([316.8, 316.8, 144.0])  # what a volume covers along its rows' axis, columns' axis and slices
@@ -37,10 +41,11 @@ SETTINGS = 'phantom.txt'
 
 
 class Canvas:
-    """A volume under the brush: `hu` float32 and `label` uint8, both (rows, columns, slices).
+    """A volume to draw on: `hu` float32 and `label` uint8, both (rows, columns, slices).
 
-    Shapes are signed distances in mm (negative inside), in coordinates y (to the back), x (to the patient's left) and z
-    (downwards) from the volume's centre, bent by a smooth random field so that no two cases are alike.
+    A shape is a field of signed distances in mm, negative inside. Coordinates are y (to the back), x (to the
+    patient's left) and z (downwards) from the volume's centre. A smooth random field bends them, so that no two
+    cases are alike.
     """
 
     def __init__(self, size, rng):
@@ -53,19 +58,19 @@ class Canvas:
         self.grid = np.stack([axis + self.field(30) * 4 for axis in straight])
 
     def field(self, smooth_mm):
-        """Random values of mean 0 and deviation 1 that hang together over about `smooth_mm`."""
+        """Return random values of mean 0 and deviation 1, smooth over about `smooth_mm`."""
         noise = self.rng.standard_normal(self.hu.shape, np.float32)
         noise = ndimage.gaussian_filter(noise, smooth_mm / self.spacing, mode='reflect')
         return (noise - noise.mean()) / noise.std()
 
     def near(self, values, deviation):
-        """The values, each moved at random."""
+        """Return the values with normal noise added."""
         return np.asarray(values, float) + self.rng.normal(0, deviation, np.shape(values))
 
     def paint(self, distance, hu, label=None, texture=0.0):
-        """Cover what lies inside `distance` with `hu`; a border voxel becomes the mixture of both sides.
+        """Fill the shape `distance` with `hu`; a border voxel mixes both sides.
 
-        What lies there belongs to the organ `label` from now on (0: to none); without a label, to what it did before.
+        The voxels get the organ `label` (0: none); without a label they keep their own.
         """
         cover = np.clip(0.5 - distance / (1.3 * self.spacing.mean()), 0, 1)
         if texture:
@@ -75,7 +80,7 @@ class Canvas:
             self.label[cover >= 0.5] = label
 
     def ellipsoid(self, centre, radii):
-        """Distance to an ellipsoid (a good approximation near its surface)."""
+        """Return the distance to an ellipsoid (a good approximation near its surface)."""
         centre, radii = np.float32(centre), np.float32(radii)
         offset = [(axis - c) / r for axis, c, r in zip(self.grid, centre, radii)]
         scaled = np.sqrt(sum(o * o for o in offset))
@@ -83,7 +88,7 @@ class Canvas:
         return scaled * (scaled - 1) / np.maximum(slope, 1e-6)
 
     def tube(self, points, radii):
-        """Distance to a tube along `points` [(y, x, z), ...] whose radius runs through `radii`."""
+        """Return the distance to a tube along `points` [(y, x, z), ...] with these `radii`."""
         nearest = np.full(self.hu.shape, np.inf, np.float32)
         radii = np.broadcast_to(np.float32(radii), len(points))
         for a, b, start, end in zip(points[:-1], points[1:], radii[:-1], radii[1:]):
@@ -95,7 +100,7 @@ class Canvas:
 
 
 def curve(points, steps=4):
-    """The points (N, 3) joined by a smooth curve, `steps` pieces from one to the next (Catmull-Rom)."""
+    """Return a smooth curve through the points (N, 3), `steps` pieces between two (Catmull-Rom)."""
     points = np.asarray(points, float)
     padded = np.concatenate([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
     t = np.linspace(0, 1, steps, endpoint=False)[:, None]
@@ -110,7 +115,7 @@ def curve(points, steps=4):
 
 
 def draw_body(canvas):
-    """Skin and fat, the muscular wall with ribs, the fat inside, spine and back muscles."""
+    """Draw skin and fat, the muscular wall with ribs, the fat inside, spine and back muscles; return the wall."""
     rng, (y, x, z) = canvas.rng, canvas.grid
     radii = np.array([rng.uniform(100, 112), rng.uniform(138, 152), 1e4])
     fat = rng.uniform(11, 20)
@@ -134,7 +139,7 @@ def draw_body(canvas):
 
 
 def draw_large_organs(canvas, wall):
-    """Liver, spleen, kidneys and stomach, kept inside the wall."""
+    """Draw liver, spleen, kidneys and stomach, all inside the wall."""
     rng, near = canvas.rng, canvas.near
     bumps = 2.5 * canvas.field(15)
     right = canvas.ellipsoid(near((-2, -84, -22), 4), near((74, 62, 72), 3))
@@ -157,7 +162,7 @@ def draw_large_organs(canvas, wall):
 
 
 def draw_bowel(canvas, wall):
-    """Loops of small bowel below and beside the pancreas, and the colon with its air."""
+    """Draw loops of small bowel below and beside the pancreas, and the colon with its air."""
     rng, near = canvas.rng, canvas.near
     low, high = [(-58, -50, 34), (-22, 15, -8)], [(-2, 80, 75), (16, 80, 34)]  # below, and beside body and tail
     for i in range(14):
@@ -176,7 +181,7 @@ def draw_bowel(canvas, wall):
 
 
 def draw_pancreas_and_neighbours(canvas):
-    """Great vessels, the duodenum around the head, the target, and the veins behind it."""
+    """Draw the great vessels, the duodenum around the head, the target, and the veins behind it."""
     rng, near = canvas.rng, canvas.near
     canvas.paint(canvas.tube(curve(near([(28, 9, -90), (27, 8, 0), (28, 6, 90)], 2)), 9.5), 185, AORTA, texture=5)
     canvas.paint(canvas.tube(curve(near([(26, -20, -90), (28, -18, 0), (30, -16, 90)], 2)), 11), 138, 0, texture=5)
@@ -196,7 +201,7 @@ def draw_pancreas_and_neighbours(canvas):
 
 
 def make_case(size, rng):
-    """One anatomy: (hu int16, label uint8), both (rows, columns, slices), the first slice on top."""
+    """Return one anatomy: (hu int16, label uint8), both (rows, columns, slices), the first slice on top."""
     canvas = Canvas(size, rng)
     wall = draw_body(canvas)
     draw_large_organs(canvas, wall)
@@ -239,12 +244,12 @@ def write_series(folder, hu, spacing, case, uid):
 
 
 def position(spacing, size, k):
-    """LPS coordinates (mm) of the first pixel of slice k."""
+    """Return the LPS coordinates (mm) of the first pixel of slice k."""
     return -(size[1] - 1) / 2 * spacing[1], -(size[0] - 1) / 2 * spacing[0], 1000 - k * spacing[2]
 
 
 def write_label(path, label, spacing):
-    """Write the label as .nii.gz so that it pairs with the image by transpose(1, 0, 2), and by its affine too."""
+    """Write the label as .nii.gz. It pairs with the image by transpose(1, 0, 2) and by its affine."""
     affine = np.diag([-spacing[1], -spacing[0], -spacing[2], 1])  # columns to the left, rows to the back, slices down
     affine[:3, 3] = np.array([-1, -1, 1]) * position(spacing, label.shape, 0)
     nifti = nib.Nifti1Image(label.transpose(1, 0, 2), affine)
@@ -255,7 +260,7 @@ def write_label(path, label, spacing):
 
 
 def write_case(folder, number, args):
-    """Make one case of the cohort and say what it holds."""
+    """Write one case of the cohort and print its size and target."""
     case = f'{number:04}'
     hu, label = make_case(tuple(args.size), np.random.default_rng([args.seed, number]))
     if args.target_only:
@@ -272,27 +277,27 @@ def write_case(folder, number, args):
 
 
 def arguments():
-    made = Parser(__doc__)
-    made.add_argument('out', metavar='OUT', help='the raw folder to write')
-    made.add_argument('--cases', type=whole(1, 9999), default=8, help='how many cases (8)')
+    parser = Parser(__doc__)
+    parser.add_argument('out', metavar='OUT', help='the raw folder to write')
+    parser.add_argument('--cases', type=whole(1, 9999), default=8, help='number of cases (8)')
     size = ('ROWS', 'COLUMNS', 'SLICES')
-    made.add_argument('--size', type=whole(8, 1024), nargs=3, default=[96, 96, 40], metavar=size, help='96 96 40')
-    made.add_argument('--seed', type=whole(0), default=0, help='another seed, other anatomies (0)')
-    made.add_argument('--target_only', action='store_true', help='label organ 1 alone, as NIH does')
-    return made.parse_args()
+    parser.add_argument('--size', type=whole(8, 1024), nargs=3, default=[96, 96, 40], metavar=size, help='96 96 40')
+    parser.add_argument('--seed', type=whole(0), default=0, help='random seed of the anatomies (0)')
+    parser.add_argument('--target_only', action='store_true', help='label organ 1 only, as NIH does')
+    return parser.parse_args()
 
 
 def main():
     args = arguments()
     out = Path(args.out)
     settings = f'{args.cases} cases of {args.size}, seed {args.seed}, target_only {args.target_only}\n'
-    made = out / SETTINGS
-    if made.exists() and made.read_text() == settings:
-        print(f'{out} holds this phantom already')
+    finished = out / SETTINGS
+    if finished.exists() and finished.read_text() == settings:
+        print(f'{out} already holds this phantom')
         return 0
     for name in ('DOI', LABELS):
         if (out / name).exists():
-            raise FileExistsError(f'{out / name}: there already; name another folder, or remove this one first')
+            raise FileExistsError(f'{out / name}: already exists; name another folder, or remove this one first')
     unfinished = out / f'.phantom.{os.getpid()}.part'
     with locked(out / '.lock', '.phantom.*.part'), errors_naming(unfinished):
         try:
@@ -300,7 +305,7 @@ def main():
                 write_case(unfinished, number, args)
             for name in ('DOI', LABELS):
                 (unfinished / name).rename(out / name)
-            with atomic_write(made, 'w') as file:
+            with atomic_write(finished, 'w') as file:
                 file.write(settings)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

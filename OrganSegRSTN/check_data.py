@@ -75,7 +75,7 @@ class Remarks(dict):
 
 
 def main():
-    args = arguments.parse(arguments.parser(__doc__, 'data_path organ_number low_range high_range'.split()))
+    args = arguments.parse(arguments.stage_parser(__doc__, 'data_path organ_number low_range high_range'.split()))
     errors, warnings, cases = Remarks(), Remarks(), []
     for name in case_names(Path(args.data_path)):
         try:

@@ -43,7 +43,7 @@ class Hang(BaseException):
 
 
 def dicom(folder, syntax=None):
-    from test_conversion import make_slices
+    from raw_scans import make_slices
 
     from scans.dicom import read_series
 

@@ -193,7 +193,7 @@ def test_nothing_anywhere_fuses_to_nothing(engine):
 
 
 def test_results_are_printed_and_kept_and_undefined_ones_counted_at_the_end(tmp_path, capsys):
-    with Results(tmp_path / 'name') as results:
+    with Results(tmp_path / 'name', 'coarse') as results:
         results(f'  Testcase 1: DSC = {Dice(0.5, 1, 2, 2)} .')
         mean, std = results.average([0.25, math.nan, 0.75])
         results(f'average DSC = {mean} std = {std} .')
@@ -208,11 +208,11 @@ def test_results_are_printed_and_kept_and_undefined_ones_counted_at_the_end(tmp_
 
 
 def test_an_average_of_nothing_defined_is_nan(tmp_path):
-    assert all(math.isnan(value) for value in Results(tmp_path).average([math.nan, math.nan]))
+    assert all(math.isnan(value) for value in Results(tmp_path, 'coarse').average([math.nan, math.nan]))
 
 
 def test_a_stopped_run_leaves_no_results(tmp_path):
-    with pytest.raises(RuntimeError), Results(tmp_path) as results:
+    with pytest.raises(RuntimeError), Results(tmp_path, 'coarse') as results:
         results('first line')
         raise RuntimeError
     assert not list(tmp_path.iterdir())

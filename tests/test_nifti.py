@@ -17,17 +17,21 @@ import numpy as np
 import pydicom
 import pytest
 from conftest import write_case
-from test_bad_inputs import BOMB, NII2NPY, converted, refused, spare, zeros  # noqa: F401
-from test_conversion import (
+from raw_scans import (
+    BOMB,
+    NII2NPY,
     REPO,
     SHARED,
+    converted,
     geometry,
     loaded,
     make_slices,
     random_volume,
     write_nifti,
     write_slices,
+    zeros,
 )
+from test_bad_inputs import refused
 
 from running.data_folder import Case
 from scans import nifti

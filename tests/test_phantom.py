@@ -57,8 +57,8 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_other_ones(tmp_path):
 def test_what_is_there_already_is_kept(tmp_path):
     run('make_phantom.py', tmp_path, *TINY)
     before = fingerprint(tmp_path)
-    assert 'holds this phantom already' in run('make_phantom.py', tmp_path, *TINY)
-    assert 'there already; name another folder' in run('make_phantom.py', tmp_path, *TINY, '--seed', 1, status=1)
+    assert 'already holds this phantom' in run('make_phantom.py', tmp_path, *TINY)
+    assert 'already exists; name another folder' in run('make_phantom.py', tmp_path, *TINY, '--seed', 1, status=1)
     assert fingerprint(tmp_path) == before
 
 

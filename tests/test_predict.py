@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import coarse2fine_args, run_script, tiny_weights
-from test_conversion import make_slices, write_slices
+from raw_scans import make_slices, write_slices
 
 import predict
+import volumes.testing
 from running.files import load_volume
 from volumes.rounds import coarse_probability
 
@@ -72,13 +73,13 @@ def snapshots(tmp_path_factory):
     return save_snapshots(tmp_path_factory.mktemp('data') / 'models/snapshots/SIJ_training_1e-5x10,4')
 
 
-LOADED = functools.cache(predict.load_RSTN)
+LOADED = functools.cache(volumes.testing.load_RSTN)
 
 
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch):
     """Each network is loaded once for all tests in this process, which is most of their time."""
-    monkeypatch.setattr(predict, 'load_RSTN', LOADED)
+    monkeypatch.setattr(volumes.testing, 'load_RSTN', LOADED)
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def test_training_arrays_are_taken_to_lie_as_NIHs_unless_something_tells(tmp_pat
     assert orientation_of(None, snapshot, capsys)[0] == 'PLI'
     assert orientation_of('RAS', snapshot, capsys)[0] == 'RAS'
     like = write_geometry(tmp_path / 'like.json', np.diag([1, -2, 3, 1.0]) + np.eye(4, k=3))
-    assert orientation_of(str(like), snapshot, capsys) == ('RPS', f'training arrays: RPS (as {like} says)\n')
+    assert orientation_of(str(like), snapshot, capsys) == ('RPS', f'training arrays: RPS (by {like})\n')
 
     for case in ('a', 'b'):  # the data folder that the snapshot lies in
         write_geometry(tmp_path / f'geometry/{case}.json', np.diag([-1, -2, 3, 1.0]) + np.eye(4, k=3))
@@ -204,7 +205,7 @@ def test_a_scan_that_does_not_tell_how_it_lies_is_seen_as_conversion_stores_it(
     predicted(tmp_path / 'scan.nii', tmp_path / 'mask.nii', *snapshots, '--rounds', 1)
     np.testing.assert_array_equal(mask_of(tmp_path / 'mask.nii'), canonical[0].transpose(1, 0, 2))
     said = capsys.readouterr().out
-    assert 'does not say how it lies: its axes are taken as conversion stores them, transpose(1, 0, 2)' in said
+    assert 'has no position: its axes are taken as conversion stores them, transpose(1, 0, 2)' in said
     assert ('of unknown size' in said) == (code == 0)
 
 
@@ -257,17 +258,18 @@ def test_several_snapshots_of_a_plane_are_averaged(scan, snapshots, tmp_path):
     np.testing.assert_array_equal(mask_of(tmp_path / 'm.nii'), mask_of(tmp_path / 'n.nii'))
 
 
-def test_networks_are_dropped_when_they_are_not_needed(snapshots):
+def test_one_network_stays_in_memory_until_it_is_released_and_several_are_loaded_in_turn(snapshots):
     image = make_scan()[0]
-    one = predict.Look([[path] for path in snapshots], 3, 4, (-100, 240), torch.device('cpu'), 'fp32')
-    score = one.coarse(image)
-    mask = (score >= 0.5).astype(np.uint8)
-    assert not one.kept
-    one.predict(image, score, mask)
-    assert len(one.kept) == 3, 'the fine networks stay for the next round'
-    two = predict.Look([[path, path] for path in snapshots], 3, 4, (-100, 240), torch.device('cpu'), 'fp32')
-    two.predict(image, two.coarse(image), mask)
-    assert not two.kept
+    settings = volumes.testing.PlaneSettings((-100, 240), 3, 4, torch.device('cpu'), 'fp32')
+    one = volumes.testing.PlaneTester('X', snapshots[:1], 'C', settings)
+    first = one.predict(image)
+    kept = one.net
+    one.predict(image)
+    assert kept is not None and one.net is kept
+    one.release()
+    assert one.net is None
+    two = volumes.testing.PlaneTester('X', snapshots[:1] * 2, 'C', settings)
+    np.testing.assert_array_equal(two.predict(image), first)
 
 
 def test_nothing_found_is_an_empty_mask_and_a_warning(snapshots, tmp_path, call):
@@ -360,10 +362,10 @@ def test_snapshots_that_do_not_belong_together_are_refused(scan, snapshots, tmp_
     thin['saliency1.weight'] = thin['saliency1.weight'][:1]
     torch.save(thin, one := tmp_path / 'FD0:ZJ1_1.pkl')
     for paths, words in (
-        ((x, wide, z), ['YJ3_1.pkl: of width 5', 'XJ3_1.pkl is of width 4']),
-        ((x, y, other), ['ZJ3_2_20261123_000000.pkl: of organ 2', 'is of organ 1']),
-        ((x, y, one), ['ZJ1_1.pkl: of thickness 1', 'is of thickness 3']),
-        ((x, y, f'{z},{other}'), ['of organ 2']),
+        ((x, wide, z), ['YJ3_1.pkl: has width 5', 'XJ3_1.pkl has width 4']),
+        ((x, y, other), ['ZJ3_2_20261123_000000.pkl: has organ 2', 'has organ 1']),
+        ((x, y, one), ['ZJ1_1.pkl: has thickness 1', 'has thickness 3']),
+        ((x, y, f'{z},{other}'), ['has organ 2']),
     ):
         refused(call('predict.py', scan, tmp_path / 'm.nii', *paths), *words)
 
@@ -371,7 +373,7 @@ def test_snapshots_that_do_not_belong_together_are_refused(scan, snapshots, tmp_
 def test_a_snapshot_of_another_plane_is_refused_unless_forced(scan, snapshots, tmp_path, call):
     x, y, z = snapshots
     swapped = [scan, tmp_path / 'm.nii', y, x, z, '--rounds', 0]
-    refused(call('predict.py', *swapped), 'a snapshot of plane Y where that of plane X belongs')
+    refused(call('predict.py', *swapped), 'a snapshot of plane Y given for plane X')
     assert call('predict.py', *swapped, '--force').code == 0
 
 

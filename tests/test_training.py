@@ -17,7 +17,7 @@ import pretrain
 import training
 from model import RSTN, FCN8s, load_RSTN
 from running.checkpoint import Run
-from running.weights import load_weights
+from running.weights import describe, load_weights
 from training import end_epoch, make_optimizer, starting_model, train_epoch
 
 CPU = torch.device('cpu')
@@ -145,14 +145,14 @@ def test_converting_something_else_is_one_line(data, call):
 # --- where training starts from ------------------------------------------------------------------------------------
 
 
-def save_pretrained(data, name, n_class=3, **trained_on):
+def save_pretrained(data, name, n_class=3, **facts):
     path = data / 'models/pretrained' / name
     path.parent.mkdir(parents=True, exist_ok=True)
     network = FCN8s(n_class, width=4)
     torch.nn.init.normal_(network.score_fr.weight)
     state = network.state_dict()
-    if trained_on:
-        state._metadata['trained_on'] = trained_on
+    if facts:
+        describe(state, **facts)
     torch.save(state, path)
     return state
 
@@ -161,7 +161,7 @@ def save_pretrained(data, name, n_class=3, **trained_on):
 def test_both_networks_start_from_all_but_the_score_layers(data, name, n_class, capsys):
     state = save_pretrained(data, name, n_class)
     args = settings(data, plane='Z')
-    model = starting_model(args, Run(None, args))
+    model = starting_model(args)
     assert name in capsys.readouterr().out, 'it says which file it took'
     for network in (model.coarse_model, model.fine_model):
         for key, tensor in network.state_dict().items():
@@ -176,7 +176,7 @@ def test_both_networks_start_from_all_but_the_score_layers(data, name, n_class, 
 def test_score_layers_are_taken_over_from_a_pretraining_of_the_same_organ(data, organ, taken):
     state = save_pretrained(data, 'fcn8s_FD0_1.pth', organ_ID=organ, cases=['images/0003.npy', 'images/0004.npy'])
     args = settings(data, plane='Z')
-    model = starting_model(args, Run(None, args))
+    model = starting_model(args)
     assert torch.equal(model.fine_model.score_fr.weight, state['score_fr.weight']) == taken
 
 
@@ -192,7 +192,7 @@ def test_another_folds_start_is_refused(trained, initialized, data, call):
     args[1] = 1
     done = call('training.py', *args, '--pretrained', other)
     assert (done.code, len(done.err.splitlines())) == (1, 1)
-    assert 'images/0003.npy' in done.err and 'another fold' in done.err
+    assert 'images/0003.npy' in done.err and 'run pretrain.py for this fold' in done.err
     assert [path for path in (data / 'models').rglob('*') if path.is_file()] == []
 
 
@@ -273,7 +273,8 @@ def test_a_seed_makes_a_run_repeatable(trained, data, call):
     assert all(torch.equal(one[key], two[key]) for key in one)
     other = call('training.py', *training_args(data, epochs=(1, 0, 0, 1)), '--seed', 2)
     assert without_times(other.out.splitlines())[6:10] != without_times(trained.log)[6:10]
-    assert not (data / SNAPSHOTS / 'FD0:ZI3_1.pkl').exists(), 'a mode of no epochs is left out'
+    three = [load_weights(data / SNAPSHOTS / f'FD0:Z{mode}3_1.pkl') for mode in 'SIJ']
+    assert all(torch.equal(three[0][key], later[key]) for later in three[1:] for key in later), 'modes of no epochs'
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""scans.dicom."""
+"""Read one DICOM series: check its files and headers, order its slices, return HU with their geometry."""
 
 import logging
 import os
@@ -17,28 +17,17 @@ from scans.geometry import Geometry, Scan, lays_out
 from scans.voxels import DEFLATE_AT_BEST, stack_slices
 
 START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers of JPEG and JPEG-LS
-
-
 MOST_PIXELS = 2**26  # of one slice
+TILT = np.sin(np.radians(0.5))  # largest angle between the slices' normal and the stacking direction
+UNEVEN = 0.1  # largest difference between a gap and the slice spacing, as a fraction of the spacing
 
-
-TILT = np.sin(np.radians(0.5))  # between the slices' normal and the way from slice to slice
-
-
-UNEVEN = 0.1  # of the spacing, that a gap between slices may differ from it
-
-
-logging.getLogger('pydicom').setLevel(logging.CRITICAL)  # what it logs and warns of, an error here tells in one line
-
-
+logging.getLogger('pydicom').setLevel(logging.CRITICAL)  # our errors name the cause in one line
 logging.getLogger('nibabel').setLevel(logging.CRITICAL)
-
-
 warnings.filterwarnings('ignore', module='pydicom')
 
 
-class Slice(NamedTuple):
-    """What the header of one slice tells; lengths in mm, directions and position in LPS; None where it is silent."""
+class DicomSlice(NamedTuple):
+    """The header of one slice. Lengths in mm, directions and position in LPS; None where a value is missing."""
 
     path: Path
     series: str
@@ -51,9 +40,9 @@ class Slice(NamedTuple):
 
 
 def read_series(folder, say=print):
-    """The one series of slices that lies directly in a folder, in the order of InstanceNumber, as a Scan.
+    """Return the one series in a folder as a Scan, its slices ordered by InstanceNumber.
 
-    What is there to tell besides is said by `say`, a line at a time.
+    `say` prints each note on its own line. A series that is incomplete, tilted or mixed raises ValueError.
     """
     slices = _one_series(folder, [_header(path) for path in _image_files(folder, say)])
     _check_alike(slices)
@@ -61,7 +50,7 @@ def read_series(folder, say=print):
     _check_numbers(slices)
     geometry = None
     if slices[0].position is None:
-        say('no positions in its headers: the order by InstanceNumber is not checked, and no geometry is kept')
+        say('no positions in its headers: the order by InstanceNumber is not checked, and no geometry is written')
     else:
         geometry = Geometry(_affine(slices), 'position', str(folder), 'DICOM')
     planes = (_hounsfield(s) for s in slices)
@@ -69,7 +58,7 @@ def read_series(folder, say=print):
 
 
 def is_slice(path):
-    """Whether a file is, or by its name should be, a DICOM image; other DICOM objects and hidden files are not."""
+    """Return whether a file is a DICOM image, or is named like one. Hidden files and other DICOM objects are not."""
     if path.name.startswith('.') or path.suffix in ('.npy', '.npz') or path.name == 'DICOMDIR' or not path.is_file():
         return False
     try:
@@ -78,12 +67,12 @@ def is_slice(path):
                 kind = _value(path, 'SOPClassUID')
                 return not kind or kind not in UID_dictionary or 'Image Storage' in UID_dictionary[kind][0]
     except (ValueError, OSError):
-        pass  # whoever reads it says what is wrong
+        pass  # reading it raises the error that names the cause
     return path.suffix.lower() in ('.dcm', '.ima')
 
 
 def _image_files(folder, say):
-    """The DICOM slices directly in a folder, sorted; what else is there is named."""
+    """Return the DICOM slices of a folder, sorted; print the name of every other file."""
     found = []
     for path in sorted(Path(folder).iterdir()):
         if is_slice(path):
@@ -94,36 +83,36 @@ def _image_files(folder, say):
 
 
 def _dataset(path, **options):
-    """pydicom's Dataset of a file: of the header alone where `specific_tags` are asked for."""
+    """Return the pydicom Dataset of a file, without its pixels if `specific_tags` are given."""
     try:
         syntax = pydicom.filereader.read_file_meta_info(path).get('TransferSyntaxUID')
         if syntax == DeflatedExplicitVRLittleEndian:
-            raise ValueError('it is deflated as a whole, to be unpacked to any size; save it without')
+            raise ValueError('it is deflated as a whole and could unpack to any size; save it uncompressed')
         return pydicom.dcmread(path, stop_before_pixels='specific_tags' in options, **options)
     except OSError:
         raise
     except pydicom.errors.InvalidDicomError:
         raise ValueError(f'{path}: not a DICOM file, though its name says so') from None
-    except Exception as error:  # pydicom's parser meets a broken file with whatever it stumbles over
+    except Exception as error:  # the parser raises many types on a broken file
         raise ValueError(f'{path}: not a readable DICOM file ({error})') from None
 
 
 def modality(path):
-    """The modality that a DICOM file names, such as CT; '' where it names none."""
+    """Return the Modality of a DICOM file, such as CT; '' if it has none."""
     return _value(path, 'Modality')
 
 
 def _value(path, tag):
-    """The value of a tag in a DICOM file's header, as text; '' where it is missing."""
+    """Return a header value of a DICOM file as text; '' if it is missing."""
     dataset = _dataset(path, specific_tags=[tag])
     try:
         return str(dataset.get(tag) or '')
-    except Exception as error:  # a value is parsed when it is asked for, see _dataset
+    except Exception as error:  # pydicom parses a value on first access, see _dataset
         raise ValueError(f'{path}: {error}') from None
 
 
 def _header(path):
-    """The Slice of a file; ValueError where it is no plain slice of grey values."""
+    """Return the DicomSlice of a file; raise ValueError unless it is one slice of grey values."""
     tags = (
         'SeriesInstanceUID InstanceNumber Rows Columns BitsAllocated PixelSpacing ImageOrientationPatient '
         'ImagePositionPatient SliceThickness SpacingBetweenSlices NumberOfFrames SamplesPerPixel PhotometricInterpretation'
@@ -143,7 +132,7 @@ def _header(path):
         size = int(values['Rows']), int(values['Columns'])
         _check_room(path, size, int(values['BitsAllocated'] or 0), dataset.file_meta.get('TransferSyntaxUID'))
         thickness = float(values['SpacingBetweenSlices'] or values['SliceThickness'] or 1)
-        return Slice(
+        return DicomSlice(
             path,
             str(values['SeriesInstanceUID']),
             int(values['InstanceNumber']),
@@ -158,9 +147,9 @@ def _header(path):
 
 
 def _check_room(path, size, bits, syntax):
-    """Refuse, before memory is taken, a header that claims more pixels than its file can hold."""
+    """Check a header's size against its file before allocating memory."""
     if not syntax:
-        raise ValueError('no TransferSyntaxUID that tells how its pixels are stored')
+        raise ValueError('no TransferSyntaxUID, so its pixels cannot be decoded')
     room = os.path.getsize(path) * (DEFLATE_AT_BEST if syntax.is_compressed else 1)
     pixels = size[0] * size[1]
     if min(size) < 1 or pixels > MOST_PIXELS or pixels * max(bits, 8) > 8 * room:
@@ -170,7 +159,7 @@ def _check_room(path, size, bits, syntax):
 
 
 def _numbers(value, shape):
-    """A header's list of numbers as an array of `shape`; None where it is missing or empty."""
+    """Return a header's list of numbers as an array of `shape`; None if it is missing or empty."""
     if not value:
         return None
     numbers = np.array(value, float)
@@ -180,7 +169,7 @@ def _numbers(value, shape):
 
 
 def _one_series(folder, slices):
-    """The slices, if there are any and all are of one series."""
+    """Return the slices; raise an error unless they are of exactly one series."""
     if not slices:
         raise FileNotFoundError(f'{folder}: no DICOM series found in it')
     others = [s for s in slices if s.series != slices[0].series]
@@ -192,7 +181,7 @@ def _one_series(folder, slices):
 
 
 def _check_alike(slices):
-    """Refuse slices of different size, spacing or orientation, and sizes that no scan has."""
+    """Refuse slices of different size, spacing or orientation, and a size that no scan has."""
     first = slices[0]
     for other in slices:
         if other.size != first.size:
@@ -210,7 +199,7 @@ def _check_alike(slices):
 
 
 def _check_numbers(slices):
-    """Refuse two slices of one InstanceNumber and, where positions cannot tell, numbers that are left out."""
+    """Refuse repeated InstanceNumbers and, in a series without positions, missing ones."""
     for one, two in zip(slices, slices[1:]):
         if one.number == two.number:
             raise ValueError(f'{two.path}: repeated slice, InstanceNumber {two.number} is that of {one.path.name} too')
@@ -221,7 +210,7 @@ def _check_numbers(slices):
 
 
 def _affine(slices):
-    """Index of the stored array (row, column, slice) -> RAS+ mm; ValueError where the slices are no even stack."""
+    """Return the affine (4, 4) from (row, column, slice) to RAS+ mm; raise ValueError unless the stack is even."""
     first, last = slices[0], slices[-1]
     if first.directions is None or first.spacing is None or min(first.spacing) <= 0:
         raise ValueError(f'{first.path}: a position, but no ImageOrientationPatient or PixelSpacing to go with it')
@@ -245,7 +234,7 @@ def _affine(slices):
 
 
 def _check_stack(slices, normal):
-    """Refuse a stack that is tilted, has a gap or a repetition, or lies in another order than its InstanceNumbers."""
+    """Refuse a stack with a tilt, a gap or a repeated slice, or in another order than its InstanceNumbers."""
     gaps = np.diff([s.position @ normal for s in slices])
     usual = np.sort(np.abs(gaps))[(len(gaps) - 1) // 2] * np.sign(gaps.sum())
     for one, two, gap in zip(slices, slices[1:], gaps):
@@ -266,7 +255,7 @@ def _check_stack(slices, normal):
 
 
 def _hounsfield(slice_):
-    """(rows, columns) float64: stored values times slope plus intercept."""
+    """Return a slice's HU, (rows, columns) float64: stored values times slope plus intercept."""
     dataset = _dataset(slice_.path)
     try:
         _check_coded_size(dataset, slice_.size)
@@ -285,7 +274,7 @@ def _hounsfield(slice_):
 
 
 def _check_coded_size(dataset, size):
-    """Refuse a JPEG, JPEG-LS or JPEG 2000 slice whose code claims another size than its header: decoders believe it."""
+    """Check a compressed slice's own size against its header: decoders allocate what the code asks for."""
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_compressed and syntax != RLELossless:
         frame = next(generate_frames(dataset.PixelData, number_of_frames=1))
@@ -295,7 +284,7 @@ def _check_coded_size(dataset, size):
 
 
 def _coded_size(frame):
-    """rows, columns, colours and bits that a compressed frame begins with; struct.error, IndexError: it is too short."""
+    """Return (rows, columns, colours, bits) from a JPEG, JPEG-LS or JPEG 2000 frame; struct.error, IndexError if cut."""
     if frame[4:8] == b'jP  ':  # JPEG 2000 in a JP2 file: a chain of boxes
         at = 0
         while frame[at + 4 : at + 8] != b'jp2c':
@@ -305,14 +294,14 @@ def _coded_size(frame):
         right, bottom, left, top, *_, colours, bits = struct.unpack_from('>8IHB', frame, 8)
         return bottom - top, right - left, colours, (bits & 0x7F) + 1
     at = 2
-    while frame[at + 1] not in START_OF_FRAME:  # a chain of segments, and of single bytes that fill
+    while frame[at + 1] not in START_OF_FRAME:  # a chain of segments and single fill bytes
         at += 1 if frame[at + 1] == 0xFF else 2 + struct.unpack_from('>H', frame, at + 2)[0]
     bits, rows, columns, colours = struct.unpack_from('>BHHB', frame, at + 4)
     return rows, columns, colours, bits
 
 
 def series_folders(raw):
-    """(folder, whether it holds slices), for every folder at and below `raw`, links followed."""
+    """Yield (folder, whether it holds slices) for `raw` and every folder below it; follow links."""
     seen = set()
     for folder, below, files in os.walk(raw, followlinks=True):
         seen.add(os.path.realpath(folder))
