@@ -27,7 +27,7 @@ try:
     from running.files import load_array
     from running.script import run
     from scans.converting import convert_all, existing_folder, image_file, only_one, save_label, save_scan, speaker
-    from scans.dataset import find, save_organ_names, without_channel
+    from scans.dataset import copy_label_names, find, without_channel
     from scans.geometry import geometry_file, load_geometry, place_label
     from scans.itk import is_itk_name, open_itk
     from scans.nifti import open_nifti
@@ -94,7 +94,7 @@ def main():
         raise FileNotFoundError(f'{out}/images: no image to lay the labels onto; run dicom2npy.py first')
     if args.images is None and Path(raw, 'imagesTs').is_dir():
         print('imagesTs: left out, scans without labels; predict.py reads them as they are')
-    save_organ_names(raw, out)
+    copy_label_names(raw, out)
     cases = {case: (images.get(case), labels.get(case)) for case in images.keys() | labels.keys()}
     return convert_all(out, cases, lambda case, files: convert_case(out, case, *files, args.orientation))
 

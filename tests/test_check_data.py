@@ -96,7 +96,7 @@ def test_a_sound_cohort_as_a_user_looks_at_it(cohort):
     voxels = (label == 1).sum()
     row = lines[lines.index(next(line for line in lines if line.startswith('organ 1'))) + 1].split()
     assert row[:4] == ['0001', str(voxels), f'{voxels * 0.02:.1f}', f'{image[label == 1].mean():.0f}']
-    assert lines[-1] == '7 cases looked at: 0 kinds of warnings, 0 errors'
+    assert '7 cases looked at: 0 kinds of warnings, 0 errors' in lines
     assert {file: file.read_bytes() for file in cohort.glob('*/*')} == before, 'the data stays as it was'
 
 
@@ -195,7 +195,7 @@ def test_what_would_stop_the_pipeline_is_an_error_and_the_other_cases_are_looked
     assert 'image (24, 20, 12) and label (23, 20, 12) are not two volumes' in errors[0]
     assert 'images/0002.npy: not all values are finite' in errors[1]
     assert '0004.npy: not a readable .npy array' in errors[2]
-    assert done.out.splitlines()[-1].startswith('4 cases looked at: ')
+    assert '4 cases looked at: ' in done.out
     assert done.out.count('picture') == 2, 'one an organ, of the cases that are sound'
 
 
@@ -216,10 +216,9 @@ def test_in_a_read_only_folder_all_but_the_picture_is_there_and_its_cause_is_nam
     cohort.chmod(0o500)
     done = run_as_anybody('check_data.py', cohort, 1, -100, 240)
     cohort.chmod(0o700)
-    assert done.code == 1 and done.err == ''
+    assert done.code == 1
+    assert done.err == f"check_data.py: error: [Errno 13] Permission denied: '{cohort}/check_data.png'\n"
     assert '0007 24 x 20 x 12' in ' '.join(done.out.split()) and '0003: organ 1: unusual mean HU' in done.out
-    error = f"error: no picture: [Errno 13] Permission denied: '{cohort}/check_data.png'"
-    assert remarks(done, 'error') == [error]
 
 
 def test_an_empty_folder_is_one_line(tmp_path, check):

@@ -420,12 +420,14 @@ def test_a_folder_of_Decathlon_or_nnU_Net_with_its_organs(dataset, tmp_path, con
         write_nifti(tmp_path / f'labelsTr/{case}.nii.gz', (random_volume() > 0).astype(np.uint8))
     write_nifti(tmp_path / 'imagesTr/b_0001.nii.gz', random_volume())
     write_nifti(tmp_path / 'imagesTs/c_0000.nii.gz', random_volume())
-    said, _ = convert(cwd=tmp_path, status=1)
+    said, _ = convert('.', 'out', cwd=tmp_path, status=1)
     assert 'ORGAN_NUMBER=2: 1 pancreas, 2 cancer' in said and 'imagesTs: left out' in said
-    assert json.loads((tmp_path / 'organs.json').read_text()) == {'1': 'pancreas', '2': 'cancer'}
-    assert (tmp_path / 'dataset.json').read_text() == content
+    assert (tmp_path / 'out/dataset.json').read_text() == content, 'where report.py finds it'
     assert 'b: error: 2 sources for one case: imagesTr/b_0000.nii.gz, imagesTr/b_0001.nii.gz' in said
-    assert list(loaded(tmp_path, 'images')) == list(loaded(tmp_path, 'labels')) == ['a']
+    assert list(loaded(tmp_path / 'out', 'images')) == list(loaded(tmp_path / 'out', 'labels')) == ['a']
+    (tmp_path / 'imagesTr/b_0001.nii.gz').unlink()
+    convert(cwd=tmp_path)
+    assert (tmp_path / 'dataset.json').read_text() == content, 'also where RAW is OUT'
 
 
 @pytest.mark.parametrize('content', ['{', '{}', '{"labels": [1]}', '{"labels": {"1": null}, "a": 1}'])

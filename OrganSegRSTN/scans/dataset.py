@@ -1,7 +1,6 @@
 """The files of a data set for nii2npy.py: images, labels, and the organs in dataset.json."""
 
 import glob
-import json
 import os
 import re
 from collections import defaultdict
@@ -69,21 +68,36 @@ def without_channel(images, labels):
     return cases
 
 
-def save_organ_names(raw, data_path):
-    """Write organs.json, {"1": "pancreas", ...}, from raw/dataset.json; print ORGAN_NUMBER."""
-    path, organs = Path(raw, 'dataset.json'), {}
+def read_label_names(path):
+    """Return {number: name} of a dataset.json, nnU-Net's {"spleen": 1} or Decathlon's {"1": "spleen"}.
+
+    {} without such a file; ValueError if it has no labels.
+    """
     try:
-        for key, value in dict(
-            read_json(path)['labels']
-        ).items():  # Decathlon's {"1": "pancreas"}, nnU-Net's the reverse
-            number, name = (key, value) if str(key).isdecimal() else (value, key)
-            if str(number).isdecimal() and int(number) > 0 and name != 'ignore':
-                organs[int(number)] = ' '.join(str(name).split())
+        labels = read_json(path).get('labels', {}).items()
     except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'{path}: no label names ({error})') from None
+    number = re.compile('[0-9]{1,3}')
+    pairs = [pair if number.fullmatch(pair[0]) else (pair[1], pair[0]) for pair in labels]
+    return {
+        int(organ): name
+        for organ, name in pairs
+        if number.fullmatch(str(organ)) and isinstance(name, str) and name.isprintable()
+    }
+
+
+def copy_label_names(raw, data_path):
+    """Copy raw/dataset.json, if there is one, to the data folder for report.py; print ORGAN_NUMBER."""
+    path, copy = Path(raw, 'dataset.json'), Path(data_path, 'dataset.json')
+    try:
+        names = {number: name for number, name in read_label_names(path).items() if number and name != 'ignore'}
+    except ValueError as error:
+        print(error)
         return
-    except (ValueError, KeyError, TypeError) as error:
-        print(f'{path}: no labels in it ({error!r})')
-    if organs:
-        with atomic_write(Path(data_path, 'organs.json'), 'w') as file:
-            json.dump(dict(sorted(organs.items())), file)
-        print(f'ORGAN_NUMBER={max(organs)}: {", ".join(f"{number} {name}" for number, name in sorted(organs.items()))}')
+    if names:
+        print(f'ORGAN_NUMBER={max(names)}: {", ".join(f"{number} {name}" for number, name in sorted(names.items()))}')
+        if not (copy.exists() and copy.samefile(path)):
+            with atomic_write(copy) as file:
+                file.write(path.read_bytes())
