@@ -19,7 +19,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'OrganSegRSTN'))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), '..', 'OrganSegRSTN'))
 try:
     import numpy as np
 
@@ -32,7 +32,8 @@ try:
     from scans.itk import is_itk_name, open_itk
     from scans.nifti import open_nifti
 except ModuleNotFoundError as error:
-    sys.exit(f'nii2npy.py: error: {error}; run it where it is, python .../DATA2NPY/nii2npy.py RAW, after setup.sh')
+    sys.exit(f'nii2npy.py: error: {error}; install requirements.txt, and run this script where the repository has it: '
+             'python REPOSITORY/DATA2NPY/nii2npy.py RAW OUT')  # fmt: skip
 
 IMAGES = ('images', 'imagesTr')
 LABELS = ('TCIA_pancreas_labels*', 'labels', 'labelsTr')

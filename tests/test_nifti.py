@@ -390,7 +390,11 @@ def test_labels_of_NIH_are_turned_as_published_whatever_their_headers_say(tmp_pa
 def test_a_copy_beside_the_raw_data_says_where_to_run_it(tmp_path):
     copy = shutil.copy(REPO / 'DATA2NPY/nii2npy.py', tmp_path)
     done = subprocess.run([sys.executable, copy], check=False, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'run it where it is' in done.stderr
+    assert (
+        done.returncode == 1
+        and len(done.stderr.splitlines()) == 1
+        and 'run this script where the repository has it' in done.stderr
+    )
 
 
 def test_files_that_are_left_out_are_named_and_counted(tmp_path, convert):
