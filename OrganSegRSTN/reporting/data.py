@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from running.data_folder import read_cases
-from running.files import open_file, read_json
+from running.files import open_file
+from scans.dataset import read_label_names
 from scans.geometry import geometry_file, load_geometry
 
 MOST_TEXT = 1 << 25  # bytes read of a log or results.txt; the longest training writes a third of it
@@ -63,22 +64,6 @@ class Source:
         """The Geometry of the stored arrays, or None if it is unknown."""
         found = self.attempt(load_geometry, geometry_file(self.path, self.case_name(fold, number)))
         return None if found is None or found.holds == 'nothing' else found
-
-
-def read_label_names(path):
-    """{organ: name} of a dataset.json, nnU-Net's {"spleen": 1} or Decathlon's {"1": "spleen"}; {} without one."""
-    try:
-        labels = read_json(path).get('labels', {}).items()
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f'{path}: no label names ({error})') from None
-    pairs = [pair if re.fullmatch('[0-9]{1,3}', pair[0]) else (pair[1], pair[0]) for pair in labels]
-    return {
-        int(organ): name
-        for organ, name in pairs
-        if re.fullmatch('[0-9]{1,3}', str(organ)) and isinstance(name, str) and name.isprintable()
-    }
 
 
 def text_lines(path):
