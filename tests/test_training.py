@@ -17,7 +17,7 @@ import pretrain
 import training
 from model import RSTN, FCN8s, load_RSTN
 from running.checkpoint import Run
-from running.weights import describe, load_weights
+from running.weights import describe, description, load_weights
 from training import end_epoch, make_optimizer, starting_model, train_epoch
 
 CPU = torch.device('cpu')
