@@ -10,7 +10,8 @@ is_demo() {  # does DATA_PATH hold the phantom, or will it?
 
 #### Settings: each is checked before the first stage starts #######################################
 refuse() {  # refuse MESSAGE: end with one line and exit code 2
-  echo "run.sh: ${*//$'\n'/ }" >&2
+  local newline=$'\n'
+  echo "run.sh: ${*//$newline/ }" >&2
   exit 2
 }
 
@@ -87,7 +88,7 @@ check_settings() {
   matching '[XYZA]' 'X, Y, Z or A' {CURRENT,TRAINING,COARSE_TESTING,ORACLE_TESTING}_PLANE
   organs {CURRENT,TRAINING}_ORGAN_ID {COARSE,ORACLE}_{TESTING,FUSION}_ORGAN_ID COARSE2FINE_TESTING_ORGAN_ID
   [[ -z $PLANE_GPUS ]] ||
-    matching "[[:space:]]*$gpu([[:space:]]+$gpu){2}[[:space:]]*" 'one for each of X, Y and Z' PLANE_GPUS
+    matching "$gpu( +$gpu){2}" 'one for each of X, Y and Z' PLANE_GPUS
   matching "$gpu" 'the number of a GPU, or cpu, or several such as 0,1' \
     {CURRENT,TRAINING,COARSE_TESTING,ORACLE_TESTING,COARSE2FINE_TESTING}_GPU
   matching 'fp32|bf16' 'fp32 or bf16' PRECISION
@@ -264,7 +265,8 @@ convert() {  # convert SCRIPT RAW_PATH DATA_PATH OPTION ...: in lazy mode only i
 }
 
 converted() {  # converted RECORD COMMAND: was it made by this command, and is all of RAW_PATH older?
-  [[ $(cat "$1" 2>/dev/null) == "$2" && -d $RAW_PATH && -z $(find -L "$RAW_PATH" -cnewer "$1") ]] &&
+  local newer
+  [[ $(cat "$1" 2>/dev/null) == "$2" ]] && newer=$(find -L "$RAW_PATH" -cnewer "$1") && [[ -z $newer ]] &&
     exists "$DATA_PATH"/images/*.npy && exists "$DATA_PATH"/labels/*.npy
 }
 

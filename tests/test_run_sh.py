@@ -235,7 +235,7 @@ WRONG = {
     'CURRENT_ORGAN_ID': ['', ' ', '2', '0', '1 1', '1,2', '*'], 'ORACLE_FUSION_ORGAN_ID': [' ', '2'],
     'ORGAN_NUMBER': ['0', '256', 'one'], 'FOLDS': ['0', '1', '2.5'], 'LOW_RANGE': ['-100,5', 'low', '240', 'nan'],
     'HIGH_RANGE': ['-100', ' '], 'SLICE_THRESHOLD': ['-1', 'most'], 'SLICE_THICKNESS': ['2', '33'],
-    'CURRENT_GPU': ['gpu0', '0,', '-1', '0 1'], 'PLANE_GPUS': ['0 1', 'a b c'], 'PRECISION': ['fp16', 'FP32'],
+    'CURRENT_GPU': ['gpu0', '0,', '-1', '0 1'], 'PLANE_GPUS': ['0 1', 'a b c', ' 0 1 2'], 'PRECISION': ['fp16', 'FP32'],
     'SEED': ['-1', '1.5'], 'LABEL_ORIENTATION': ['turned'], 'PRETRAINING_WIDTH': ['0', '2'],
     'PRETRAINING_EPOCHS': ['0', 'ten'], 'PRETRAINING_LEARNING_RATE': ['0', 'fast'], 'LEARNING_RATE1': ['-1e-5', '1e-', '1e-5,'],
     'LEARNING_RATE_M1': ['x10', '0'], 'TRAINING_MARGIN': ['-1', '20px', '1e1'], 'TRAINING_PROB': ['1.5', '50%'],
