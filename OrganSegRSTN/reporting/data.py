@@ -66,7 +66,7 @@ class Source:
 
 
 def read_label_names(path):
-    """{organ: name} of a dataset.json, nnU-Net's {"spleen": 1} or Decathlon's {"1": "spleen"}; {} without one."""
+    """{organ: name} of a dataset.json, {"spleen": 1} (nnU-Net) or {"1": "spleen"} (Decathlon), or {}."""
     try:
         labels = read_json(path).get('labels', {}).items()
     except FileNotFoundError:
@@ -104,7 +104,7 @@ LOSS = re.compile(
 
 
 class Log(NamedTuple):
-    """A training log: steps {(mode, epoch): [avg loss]}, epochs {(mode, epoch): mean (coarse, fine, avg) loss}."""
+    """A training log: steps {(mode, epoch): [avg]}, epochs {(mode, epoch): mean (coarse, fine, avg)}."""
 
     name: str
     steps: dict
