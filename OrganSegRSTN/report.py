@@ -1,10 +1,13 @@
 """A report on the test results and training logs of a data folder: DATA_PATH/report/index.html.
 
-Reads results/, logs/, lists/, labels/, images/, geometry/ and dataset.json of the data folder. What is missing or broken becomes a
-line of the report. The page opens from disk, without a network or server. --reference compares it with the figures of
-a JSON file: {"name": "Yu et al. 2018", "coarse2fine": {"mean": 0.8462}}, or a former summary.json; without it NIH
-Pancreas-CT is compared with the published figures in logs/published.json. Beside the page: summary.json with all
-figures, and the table of results as results.csv and results.tex.
+Reads results/, logs/, lists/, labels/, images/, geometry/ and dataset.json of the data folder. What
+is missing or broken becomes a line of the report. The page opens from disk, without a network.
+
+--reference compares it with the figures of a JSON file: a former summary.json, or
+{"name": "Yu et al. 2018", "coarse2fine": {"mean": 0.8462}}. Without it, NIH Pancreas-CT is
+compared with the published figures in logs/published.json.
+
+Beside the page: summary.json with all figures; the table of results as results.csv and results.tex.
 """
 
 import contextlib
@@ -99,7 +102,7 @@ def loss_chart(source, folder, index, log):
 
 
 def summary(name, runs, notices):
-    """The content of summary.json, with the code's revision: DSC and NSD from 0 to 1, null for what is not finite."""
+    """The content of summary.json: DSC and NSD from 0 to 1; null for what is not finite."""
     kept = []
     for run in runs:
         results = {

@@ -1,4 +1,4 @@
-"""report.py: what it measures, what it says of results that are half there, and its page in a real browser."""
+"""report.py: its measures, incomplete results, references, and its page in a real browser."""
 
 import contextlib
 import csv
@@ -45,7 +45,7 @@ LOG = """0Z 2
 
 
 def affine_of(spacing):
-    """An affine as DICOM conversion gives it: rows to the back, columns to the left, slices downwards (LPS away)."""
+    """An affine as DICOM conversion gives it: rows to the back, columns to the left, slices down."""
     affine = np.zeros((4, 4))
     affine[1, 0], affine[0, 1], affine[2, 2], affine[3, 3] = -spacing[0], -spacing[1], -spacing[2], 1
     affine[:3, 3] = 100
@@ -103,7 +103,7 @@ def test_equal_masks_have_no_distance():
 
 @pytest.mark.parametrize(('axis', 'distance'), [(0, 0.5), (1, 2), (2, 3)])
 def test_distances_are_in_mm_along_every_axis(axis, distance):
-    """Two long rods, one voxel apart along an axis: nearly all of their surface lies the spacing of that axis apart."""
+    """Two long rods, one voxel apart along an axis: most of their surfaces lie its spacing apart."""
     other = [slice(5, 6)] * 3
     one = [slice(5, 6)] * 3
     along = (axis + 1) % 3
@@ -239,7 +239,7 @@ def score(label, pred):
 
 
 def second_fold(data, empty=False):
-    """Results of coarse to fine for fold 1 (cases 0003 and 0004): the labels themselves, or nothing for 0004."""
+    """Coarse-to-fine results of fold 1 (cases 0003, 0004): the labels themselves; 0004 may be empty."""
     cases = {}
     for case in ('0003', '0004'):
         label = np.load(data / 'labels' / f'{case}.npy')
@@ -671,7 +671,7 @@ def test_folds_are_compared_with_the_same_folds(tmp_path):
 
 
 def write_nih(data, cases=range(1, 83), organs=1):
-    """Lists of four folds of such cases, and results of coarse to fine in folds 0 and 2: a DSC of 0.8 and 0.6."""
+    """Lists of four folds of such cases; coarse-to-fine results of folds 0 and 2, DSC 0.8 and 0.6."""
     names = [f'{case:04d}' for case in cases]
     (data / 'lists').mkdir(parents=True)
     (data / 'lists' / 'training_X.txt').write_text(f'0 0 a b 1.5{" 0" * 5 * organs}\n')
@@ -692,7 +692,7 @@ def write_nih(data, cases=range(1, 83), organs=1):
 
 
 def column(page, name):
-    """What the table of results has in the column `name` for coarse to fine: all folds, then each fold."""
+    """The column `name` of the table of results for coarse to fine: all folds, then each fold."""
     table = page[page.index('<th scope="col">Result</th>') :].partition('</table>')[0]
     place = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', table).index(name) - 1
     rows = table[table.index('<tbody class="main">') :].split('<tr')[1:]
@@ -771,7 +771,7 @@ def test_contours_run_around_the_voxels():
 @pytest.mark.parametrize('flips', [(1, 1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1)])
 @pytest.mark.parametrize('axes', [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
 def test_slices_stand_upright_whatever_the_axes(axes, flips):
-    """One body, its axes turned and flipped: the axial slice is the same, the front up and the patient's right left."""
+    """One body, axes turned and flipped: the axial slice is the same, front up, right on the left."""
     body = np.zeros((4, 5, 6))  # axes lead to R, A, S
     body[3, 4, :] = 1  # right and front
     volume = body.transpose(axes)[tuple(slice(None, None, flip) for flip in flips)]
@@ -873,7 +873,7 @@ def browser(tmp_path_factory):
 
 
 def test_the_page_in_a_browser(golden, report, browser, tmp_path):
-    """It loads without an error, a slider moves the slice and its contours, a picture of it can be taken."""
+    """It loads without an error, and a slider moves the slice and its contours."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait

@@ -89,7 +89,7 @@ LOSS = re.compile(
 
 
 class Log(NamedTuple):
-    """A training log: steps {(mode, epoch): [avg loss]}, epochs {(mode, epoch): mean (coarse, fine, avg) loss}."""
+    """A training log: steps {(mode, epoch): [avg]}, epochs {(mode, epoch): mean (coarse, fine, avg)}."""
 
     name: str
     steps: dict

@@ -13,17 +13,17 @@ RESAMPLES = 10_000  # of the bootstrap
 
 
 class Surfaces(NamedTuple):
-    """Distances between two surfaces in the unit of the spacing (mm, or voxels), and a share of surface in [0, 1]."""
+    """Distances between two surfaces, in mm or voxels as the spacing, and a share of surface."""
 
     hd95: float  # 95th percentile of the distances, the larger of the two directions
     asd: float  # mean distance, the mean of the two directions
-    nsd: float  # share of the two surfaces that lies within TOLERANCE of the other one
+    nsd: float  # share, in [0, 1], of the two surfaces that lies within TOLERANCE of the other
 
 
 def compare_surfaces(label, pred, spacing):
     """Surfaces of two masks (W, H, L) of one shape, bool; spacing: from voxel to voxel along each axis.
 
-    If one of them is empty, the distances are infinite and the NSD is 0; if both are, all three are nan.
+    If one is empty, the distances are infinite and the NSD is 0; if both are, all three are nan.
     """
     if label.shape != pred.shape:
         raise ValueError(f'label of shape {label.shape} and prediction of shape {pred.shape} cannot be compared')
@@ -41,7 +41,7 @@ def compare_surfaces(label, pred, spacing):
 
 
 class Spread(NamedTuple):
-    """A measure over `cases` cases: figures of the `counted` ones, and why the others are not counted."""
+    """A measure over `cases` cases: figures of the `counted` ones, and why others are not counted."""
 
     cases: int
     counted: int
@@ -69,7 +69,7 @@ def spread(values):
 
 
 def interval(values):
-    """(low, high): 95 % percentile bootstrap interval of the mean of finite values, the same in every call."""
+    """(low, high): 95 % percentile bootstrap interval of the mean; the same in every call."""
     if len(values) < 2:
         return math.nan, math.nan
     means = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(axis=1)
@@ -78,9 +78,9 @@ def interval(values):
 
 
 def joint_box(masks, shape, margin, least):
-    """Slices of the box around all masks (W, H, L), with a margin (voxels), at least `least` voxels along each axis.
+    """Slices of the box around all masks (W, H, L), with a margin (voxels).
 
-    If the masks are empty, it lies around the middle.
+    It has at least `least` voxels along each axis. If the masks are empty, it lies around the middle.
     """
     marked = np.logical_or.reduce([*masks, np.zeros(shape, bool)])
     box = next(iter(ndimage.find_objects(marked.astype(np.uint8))), [slice(n // 2, n // 2 + 1) for n in shape])

@@ -1,4 +1,4 @@
-"""The report's pictures: charts (SVG), and a case's slices (JPEG) with contours of its masks (SVG paths)."""
+"""The report's pictures: charts (SVG), and slices (JPEG) with contours of masks (SVG paths)."""
 
 import math
 
@@ -38,7 +38,7 @@ def write_chart(path, draw, size, *args):
 
 
 def draw_losses(axes, log):
-    """Draw the loss by epoch, mode after mode, each with the loss that the published README asks for."""
+    """Draw the loss by epoch, mode by mode, with the loss that the published README asks for."""
     start = 0
     for mode, good in GOOD_LOSS.items():
         epochs = sorted({epoch for m, epoch in [*log.steps, *log.epochs] if m == mode})
@@ -71,7 +71,7 @@ def thinned(values, most):
 
 
 def draw_rounds(axes, cases):
-    """Draw the DSC by round of each case [DSC of round 0, 1, ...], and the mean; a stopped case keeps its last."""
+    """Draw the DSC by round of each case, and the mean; a case that has stopped keeps its last."""
     rounds = max(map(len, cases))
     filled = np.array([case + [case[-1]] * (rounds - len(case)) for case in cases]) * 100
     axes.plot(filled.T, color=FAINT, lw=0.8)
@@ -83,7 +83,7 @@ def draw_rounds(axes, cases):
 
 
 def draw_gain(axes, cases):
-    """Draw coarse against coarse to fine of [(name, coarse DSC, final DSC)], the lowest final DSC first."""
+    """Draw coarse against coarse to fine of [(name, coarse DSC, final DSC)], the lowest first."""
     cases = sorted(cases, key=lambda case: (case[2], case[0]))
     names, coarse, final = zip(*cases)
     coarse, final, places = np.array(coarse) * 100, np.array(final) * 100, np.arange(len(cases))
@@ -104,10 +104,10 @@ AS_PUBLISHED = [(1, -1), (0, -1), (2, -1)]  # rows to the back, columns to the l
 
 
 def write_planes(folder, stem, image, masks, geometry, intensity_window, most_slices):
-    """Write a case's slices around label and prediction along X, Y and Z to folder/{stem}_X.jpg ...; -> [write_plane's].
+    """Write a case's slices around label and prediction along X, Y, Z; return what the page shows.
 
-    image: (W, H, L) HU, shown in `intensity_window`; masks: {label, prediction, coarse: bool (W, H, L)}, any of them;
-    geometry: its Geometry, or None: then it is shown in voxels, oriented as the published arrays.
+    image: (W, H, L) HU, shown in `intensity_window`; masks: any of {label, prediction, coarse}, bool
+    (W, H, L); geometry: its Geometry, or None for voxels, oriented as the published arrays.
     """
     box = joint_box([mask for name, mask in masks.items() if name != 'coarse'], image.shape, MARGIN, LEAST)
     volumes = {'image': to_unit(image[box], *intensity_window)} | {name: mask[box] for name, mask in masks.items()}
@@ -115,7 +115,10 @@ def write_planes(folder, stem, image, masks, geometry, intensity_window, most_sl
 
 
 def write_plane(folder, stem, plane, volumes, box, shape, geometry, most_slices):
-    """Write the slices along a plane of the volumes within `box` of a scan of `shape`; -> what the page shows of them."""
+    """Write the slices along a plane of volumes cut to `box` from a scan of `shape`.
+
+    Writes folder/{stem}_{plane}.jpg, a sheet of slices, and {stem}_{plane}_0.jpg, the one shown first.
+    """
     axis = PLANES.index(plane)
     found = anatomy(geometry)
     spacing = np.ones(3) if geometry is None else geometry.spacing
@@ -145,7 +148,7 @@ def write_plane(folder, stem, plane, volumes, box, shape, geometry, most_slices)
 
 
 def anatomy(geometry):
-    """[(0 R, 1 A or 2 S, 1 if the axis leads there and -1 if away)] of the three axes; None if they are unknown."""
+    """[(0 R, 1 A or 2 S, 1 if the axis leads there, -1 if away)] of the three axes, or None."""
     if geometry is None or geometry.holds != 'position':
         return None
     cosines = geometry.affine[:3, :3] / geometry.spacing
@@ -156,7 +159,7 @@ def anatomy(geometry):
 
 
 def remarks(world, box, shape, count, axis, stride):
-    """Remarks on a picture: where up and left are (`world`: the axes of its rows and columns), what is left out."""
+    """Remarks on a picture: where up and left are (`world`: axes of rows, columns), what is left out."""
     texts = []
     if world:
         texts.append(f'{"RAS"[world[0]]} up, {"RAS"[world[1]]} on the left')
@@ -170,7 +173,7 @@ def remarks(world, box, shape, count, axis, stride):
 
 
 def upright(volume, plane, rows, columns, found):
-    """The slices (N, rows, columns) as radiologists look at them: head or front up, the patient's right on the left."""
+    """The slices (N, rows, columns), head or front up, the patient's right on the left."""
     view = plane_view(volume, plane)
     view = view if rows < columns else view.swapaxes(1, 2)
     flips = [slice(None, None, -1 if found and found[axis][1] > 0 else 1) for axis in (rows, columns)]
@@ -180,7 +183,7 @@ def upright(volume, plane, rows, columns, found):
 def chosen_slices(seen, most):
     """(places of at most `most` slices at equal steps, which of them to show first).
 
-    The first is where label and prediction differ most; if one of the two is missing, where the other is largest.
+    The first is where label and prediction differ most; without one of them, where the other is largest.
     """
     masks = [seen[name] for name in ('label', 'prediction') if name in seen]
     slices = len(seen['image'])
@@ -210,7 +213,7 @@ def contour_path(mask):
 
 
 def closed_path(points):
-    """A closed line through points (N, 2), whole numbers, the last one the first; straight runs become one step."""
+    """A closed line through points (N, 2), whole numbers, the last one the first, as an SVG path."""
     steps = np.diff(points, axis=0)
     turns = np.flatnonzero((steps[1:] != steps[:-1]).any(axis=1)) + 1
     kept = points[np.r_[0, turns]]

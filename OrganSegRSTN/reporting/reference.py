@@ -1,4 +1,4 @@
-"""Figures to compare a report with: of a paper, of a former summary.json, or the published ones of logs/."""
+"""Figures to compare a report with: of a paper, a former summary.json, or logs/published.json."""
 
 import math
 from pathlib import Path
@@ -14,10 +14,12 @@ PUBLISHED = Path(__file__).resolve().parents[2] / 'logs' / 'published.json'
 
 
 class Reference:
-    """Figures under a name: {organ, or None for any: {result or distance: (figures of all folds, {fold: figures})}}.
+    """Figures under a name.
 
-    content: {"name": "Yu et al. 2018", "coarse2fine": {"mean": 0.8462}}, or that of a summary.json; figures of folds
-    stand in it as "coarse2fine": {"folds": {"0": {"mean": 0.8462, "cases": 20}}}. Raises one of MALFORMED.
+    content: {"name": "Yu et al. 2018", "coarse2fine": {"mean": 0.8462}}, or a summary.json's; figures
+    of folds are {"coarse2fine": {"folds": {"0": {"mean": 0.8462, "cases": 20}}}}.
+    figures: {organ, or None for any: {result or distance: (figures of all folds, {fold: figures})}}.
+    Raises one of MALFORMED.
     """
 
     def __init__(self, content, name):
@@ -54,7 +56,7 @@ class Reference:
         return self.figures.get(organ, self.figures.get(None, {})).get(key, ({}, {}))
 
     def unused(self, reports):
-        """A line about figures of any organ that `reports` have nothing to compare with; '' if there are none."""
+        """A line about figures that have no counterpart in `reports`; '' if there are none."""
         known = {row['key'] for report in reports for row in report['rows']}.union(DISTANCES)
         unused = sorted(self.figures.get(None, {}).keys() - known)
         if not unused:
@@ -63,7 +65,7 @@ class Reference:
 
 
 def figures(key, values):
-    """The mean, std, min and max among `values`, and the number of cases; ValueError if one is not in its range."""
+    """The mean, std, min, max and number of cases in `values`; ValueError if one is out of range."""
     found = {name: values[name] for name in FIGURES if values.get(name) is not None}
     for name, value in found.items():
         highest = math.inf if key in ('HD95', 'ASD') else 1
@@ -74,7 +76,7 @@ def figures(key, values):
 
 
 def read_references(path):
-    """The References of a JSON file; FileNotFoundError or ValueError names the file, and what cannot be read."""
+    """The References of a JSON file; FileNotFoundError or ValueError names the file."""
     try:
         content = read_json(path)
         return [Reference(part, Path(path).name) for part in content.get('references', [content])]
@@ -88,10 +90,11 @@ def read_references(path):
 
 
 def published_references(source):
-    """The References of logs/published.json if the data folder holds NIH Pancreas-CT, with its folds; else [].
+    """The References of logs/published.json if the data folder holds NIH Pancreas-CT; else [].
 
-    It does if its four folds test 80 or 82 cases, at least one fold tests the published cases, and the labels hold one
-    organ, which dataset.json calls pancreas if there is one. Figures of folds that test other cases are left out.
+    It does if four folds test 80 or 82 cases, at least one of them tests exactly the published cases,
+    and the labels hold one organ, which dataset.json, if there is one, calls pancreas. Figures of folds
+    that test other cases are left out.
     """
     tested = {
         fold: [source.case_name(fold, number) for number in source.cases(fold)]

@@ -16,7 +16,8 @@ DISTANCES = ('HD95', 'ASD', 'NSD')
 class RunReport:
     """Measures the cases of a run and writes its charts and pictures to `folder`.
 
-    source: the Source; args: those of report.py; index: the run's number; run, stages: as read_results returns them.
+    source: the Source; args: those of report.py; index: the run's number; run, stages: an item of
+    read_results.
     """
 
     def __init__(self, source, args, folder, index, run, stages):
@@ -51,7 +52,7 @@ class RunReport:
         }
 
     def row(self, key, values):
-        """A row of the table of results: the Spread of the DSC of all cases and of each fold, and the missed cases."""
+        """A row of the table of results: the Spread of the DSC of all and of each fold, missed cases."""
         folds = sorted({fold for fold, _ in values})
         return {
             'key': key,
@@ -91,11 +92,11 @@ class RunReport:
             'surfaces': how_measured(surfaces, dice),
         }
         print(f'{self.run.settings} {self.source.organ_title(self.run.organ)}: {case_line(case)}', flush=True)
-        window = self.source.attempt(tested.intensity_window) or (self.args.low_range, self.args.high_range)
-        return case | {'planes': self.pictures(case['id'], image, masks, geometry, window)}
+        intensity_window = self.source.attempt(tested.intensity_window) or (self.args.low_range, self.args.high_range)
+        return case | {'planes': self.pictures(case['id'], image, masks, geometry, intensity_window)}
 
     def rounds(self, fold, number):
-        """DSC and inter-iteration DSC of a case's rounds of coarse to fine, and the round at which it stops."""
+        """DSC and inter-iteration DSC of a case's rounds, where it stops, and the best round."""
         folder = self.stages.get('coarse2fine', {}).get(fold)
         case = folder.cases.get(number) if folder else None
         rounds = case.rounds() if case else []
@@ -107,7 +108,7 @@ class RunReport:
         }
 
     def stops(self):
-        """For each stopping threshold: the Spread of the rounds needed, and how many cases reached it."""
+        """For each stopping threshold: the Spread of the rounds needed, and the cases that reached it."""
         folders = self.stages.get('coarse2fine', {}).values()
         cases = [case for folder in folders for case in folder.cases.values() if case.rounds()]
         return [
@@ -130,7 +131,7 @@ class RunReport:
         return (self.stages[stage][fold], fusion) if 'fusion' in stage else (self.stages[result][fold], self.run.epoch)
 
     def volumes(self, tested, key, number, dice):
-        """(image, {label, prediction, coarse: bool (W, H, L)}), as far as they can be read and fit each other."""
+        """(image, {label, prediction, coarse: bool (W, H, L)}), as far as they are readable and fit."""
         label = self.source.label(tested.fold, number, self.run.organ)
         image = self.source.image(tested.fold, number)
         if image is not None and label is not None and image.shape != label.shape:
@@ -149,12 +150,12 @@ class RunReport:
             self.source.notice(f'{file}: its DSC is not the one in the results; test this case again')
         return image, masks
 
-    def pictures(self, case_id, image, masks, geometry, window):
-        """What write_planes returns of a case; the contours of all slices are written to cases/ID.js."""
+    def pictures(self, case_id, image, masks, geometry, intensity_window):
+        """What write_planes returns of a case; writes the contours of all slices to cases/ID.js."""
         if image is None or not masks:
             return []
         folder = self.folder / 'cases'
-        planes = write_planes(folder, case_id, image, masks, geometry, window, self.args.slices)
+        planes = write_planes(folder, case_id, image, masks, geometry, intensity_window, self.args.slices)
         content = {plane['plane']: {'sheet': plane['sheet'], 'contours': plane['contours']} for plane in planes}
         (folder / f'{case_id}.js').write_text(f'showCase({json.dumps(case_id)}, {json.dumps(content)});\n')
         return planes

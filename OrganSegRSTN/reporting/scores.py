@@ -1,4 +1,4 @@
-"""Read the DSC of every test case: from results.json of a result folder, else from the published results.txt."""
+"""Read the DSC of every test case from results.json of a result folder, or from results.txt."""
 
 import itertools
 import math
@@ -76,7 +76,7 @@ class ResultFolder(NamedTuple):
         return self.path / 'volumes' / f'{key}_{number}.npz'
 
     def mask(self, key, number, shape):
-        """A stored prediction (W, H, L) as bool; FileNotFoundError or ValueError if there is no whole one of `shape`."""
+        """A stored prediction (W, H, L), bool; FileNotFoundError, or ValueError if it is not whole."""
         volume = read_volume(self.volume_file(key, number), shape)
         return volume >= 128 if key == self.run.epoch else volume != 0  # planes store round(255 p)
 
@@ -92,7 +92,10 @@ class ResultFolder(NamedTuple):
 
 
 def read_results(source):
-    """{Run: {stage: {fold: ResultFolder}}} of all results; of several, that of the latest timestamp and most rounds."""
+    """{Run: {stage: {fold: ResultFolder}}} of all results.
+
+    Of several results of one fold, that of the latest timestamp counts, then that of the most rounds.
+    """
 
     def age(path):
         return path.parent, [int(number) for number in re.findall(r'[0-9]+', path.name)], path.name
@@ -128,7 +131,7 @@ def read_folder(source, path):
 
 
 def read_scores(source, path):
-    """{number: CaseScores} of results.json, or of results.txt if that was written later or is the only one."""
+    """{number: CaseScores} of results.json, or of results.txt if it is newer or the only one."""
     file, text = path / 'results.json', path / 'results.txt'
     try:
         if not text.exists() or file.stat().st_mtime > text.stat().st_mtime - 60:
@@ -153,7 +156,10 @@ def json_scores(case):
 
 
 def text_scores(source, path):
-    """{number: CaseScores} of a results.txt; without its averages it was cut off, and its last case is left out."""
+    """{number: CaseScores} of a results.txt.
+
+    If it ends without averages it was cut off: its last case may be incomplete and is left out.
+    """
     cases, number, epoch, latest, whole = {}, 0, '', 0, False
     for line in text_lines(path):
         if place := PLACE.match(line):
@@ -181,7 +187,7 @@ def dice_of(both, pred, label):
 
 
 def drop_moved(source, path, fold, cases):
-    """Drop the results of cases that the fold's list has elsewhere now; notice the cases without a result."""
+    """Drop the results of cases that moved in the fold's list; notice the cases without a result."""
     listed = source.cases(fold)
     for number, case in list(cases.items()):
         if listed and case.image_file and Path(case.image_file).stem != source.case_name(fold, number):
@@ -192,11 +198,11 @@ def drop_moved(source, path, fold, cases):
 
 
 def results_table(run, stages):
-    """{key: {(fold, number): Dice}} of a run's stages: all that results.txt prints an average of, in its order.
+    """{key: {(fold, number): Dice}} of a run's stages, in the order of the pipeline.
 
-    Keys: coarse_X, coarse_fusion_F2P, oracle_Z ..., coarse2fine_R0 (round 0; a case that has stopped keeps its last
-    DSC) ..., coarse2fine_best (each case's best round), coarse2fine_0.90 (stopped at this agreement) ..., and
-    coarse2fine, the paper's stop at 0.99.
+    Keys: coarse_X, coarse_fusion_F2P, oracle_Z ..., coarse2fine_R0 (round 0; a case that has stopped
+    keeps its last DSC) ..., coarse2fine_best (each case's best round), coarse2fine_0.90 (stopped at
+    this agreement) ..., and coarse2fine, the paper's stop at 0.99.
     """
 
     def cases(stage):

@@ -10,7 +10,7 @@ ESCAPES = {character: f'\\{character}' for character in '&%$#_{}'} | {
 
 
 def write_csv(path, runs):
-    """Write a row for each result of each run: over all folds, then by fold; DSC from 0 to 1, '' if undefined."""
+    """Write a row for each result of each run, over all folds, then by fold; DSC from 0 to 1."""
     with open(path, 'w', newline='', encoding='utf-8') as file:
         table = csv.writer(file)
         table.writerow(['organ', 'name', 'settings', 'result', 'fold', *FIGURES, 'missed'])
@@ -27,7 +27,7 @@ def values(spread):
 
 
 def write_latex(path, runs):
-    """Write the main results of each run as a tabular: mean, deviation, interval, lowest and highest DSC in percent."""
+    """Write the main results of each run as a tabular, in percent."""
     lines = [
         r'\begin{tabular}{lrrrrr}',
         r'\hline',
