@@ -438,6 +438,7 @@ def compiler(tmp_path_factory):
     return found
 
 
+@pytest.mark.long
 def test_the_core_under_sanitizers(compiler, tmp_path):
     """Random shapes, strides and sizes, and addresses beyond 2^31, in C++ (fast_functions_sanitized.cc)."""
     driver = tmp_path / 'driver'
@@ -448,6 +449,7 @@ def test_the_core_under_sanitizers(compiler, tmp_path):
     assert 'as expected' in run.stdout
 
 
+@pytest.mark.long
 def test_the_built_module_under_sanitizers(compiler, tmp_path):
     """The same through the wrapper, with arrays right and wrong (fast_functions_sanitized.py)."""
     runtime = [
