@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import SHAPES, write_case
+from conftest import SHAPES, training_args, write_case
 
 from running.data_folder import Slice, fold_list, read_cases, read_list
 from utils import in_training_set
@@ -301,3 +301,21 @@ def test_every_organ_has_its_numbers(two_cases, call):
     np.save(two_cases / 'labels/a.npy', label)
     assert call('init.py', two_cases, 3, 1, -100, 240).code == 0
     assert read_list(two_cases / 'lists/training_X.txt')[0].endswith(' 1 1 1 2 2 0 0 0 0 0 1 3 3 4 4')
+
+
+def test_files_that_are_no_cases_are_named_and_counted(tmp_path, call):
+    for i in range(2):
+        write_case(tmp_path, f'{i}', np.zeros((3, 4, 5), np.int16), np.ones((3, 4, 5), np.uint8))
+    (tmp_path / 'images/gone.npy').symlink_to(tmp_path / 'nowhere.npy')
+    for name in ('.hidden.npy', 'scan.nii.gz', 'B.NPY'):
+        (tmp_path / 'images' / name).touch()
+    done = call('init.py', tmp_path, 1, 2, -100, 240)
+    assert done.code == 0
+    assert 'images: 4 left out, hidden or not .npy files: .hidden.npy, B.NPY, gone.npy, scan.nii.gz' in done.out
+
+
+def test_one_fold_leaves_no_case_to_train_on(tmp_path, call):
+    write_case(tmp_path, '1', np.zeros((3, 4, 5), np.int16), np.ones((3, 4, 5), np.uint8))
+    assert call('init.py', tmp_path, 1, 1, -100, 240).code == 0
+    done = call('training.py', *training_args(tmp_path))
+    assert done.code == 1 and 'with FOLDS=1 no case is left to train on' in done.err

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from running.files import load_array, quoted, read_lines
+from running.files import LEFTOVERS, load_array, quoted, read_lines
 from utils import is_organ
 
 PLANES = 'XYZ'
@@ -45,8 +45,8 @@ class Case(NamedTuple):
 
 
 def case_names(data):
-    """Return the names of the cases with an image and a label, in file order; print the others."""
-    images, labels = (sorted(file.stem for file in (data / kind).glob('[!.]*.npy')) for kind in ('images', 'labels'))
+    """Return the names of the cases with an image and a label, in file order; print what is left out."""
+    images, labels = (array_names(data / kind) for kind in ('images', 'labels'))
     for missing, names in (('label', set(images) - set(labels)), ('image', set(labels) - set(images))):
         for name in sorted(names):
             print(f'{name}: left out, it has no {missing}s/{name}.npy')
@@ -60,6 +60,17 @@ def case_names(data):
                 f'{file!r}: a case name cannot hold {fault}, since lists are split at white space; rename it'
             )
     return names
+
+
+def array_names(folder):
+    """Return the sorted names of a folder's .npy files; print what else is in it."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    arrays = [file for file in files if file.suffix == '.npy' and not file.name.startswith('.') and file.is_file()]
+    others = [file.name for file in files if file not in arrays and not file.match(LEFTOVERS)]
+    if others:
+        more = f' and {len(others) - 5} more' if len(others) > 5 else ''
+        print(f'{folder}: {len(others)} left out, hidden or not .npy files: {", ".join(others[:5])}{more}')
+    return [file.stem for file in arrays]
 
 
 def name_fault(name):
@@ -120,7 +131,8 @@ def read_cases(data_path, kind, fold):
     other = fold_list(data_path, 'testing' if kind == 'training' else 'training', fold)
     cases = _read_cases(path)
     if not cases:
-        raise ValueError(f'{path}: holds no case')
+        why = '; with FOLDS=1 no case is left to train on' if kind == 'training' else ''
+        raise ValueError(f'{path}: holds no case{why}')
     others = [case.number for case in _read_cases(other)] if other.exists() else []
     numbers = [case.number for case in cases]
     if repeated := [number for number in numbers if numbers.count(number) > 1]:
