@@ -3,125 +3,96 @@
     python nii2npy.py [RAW] [OUT] [--images WHERE] [--labels WHERE] [--orientation auto|affine|published]
 
 In RAW (default: the folder you are in), labels are TCIA_pancreas_labels*/label0001.nii.gz, which become case 0001, and
-labels/NAME.nii.gz or labelsTr/NAME.nii.gz; images are images/NAME.nii.gz or imagesTr/NAME.nii.gz. WHERE is another
-folder, or a pattern in quotes whose last * is the case: --images 'scans/*_ct.nii.gz'. OUT (default: RAW) is the data
-folder; a label whose image is not here in NIfTI belongs to OUT/images/CASE.npy, as dicom2npy.py wrote it.
+labels/NAME.nii.gz or labelsTr/NAME.nii.gz; images are images/NAME.nii.gz or imagesTr/NAME.nii.gz (or NAME_0000). WHERE
+is another folder, or a pattern in quotes whose last * is the case: --images 'scans/*_ct.nii.gz'. OUT (default: RAW) is
+the data folder; a label whose image is not here belongs to OUT/images/CASE.npy, as dicom2npy.py wrote it. .nrrd, .mha
+and .mhd are read too, if SimpleITK is installed. RAW/dataset.json (nnU-Net, Decathlon) names the organs.
 
-A label is turned onto its image's axes, never resampled: by the two affines where both say how, else by the published
-transpose(1, 0, 2). A case that fails is named, the others are converted, and the exit code is 1.
+A label is turned onto its image's axes, never resampled: one of NIH (TCIA_pancreas_labels*) by transpose(1, 0, 2), as
+published; another by the two affines if both say how, else by transpose(1, 0, 2). A case that fails is named, the
+others are converted, and the exit code is 1.
 """
 
-import glob
 import os
-import re
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'OrganSegRSTN'))
-import numpy as np
+try:
+    import numpy as np
 
-from running.arguments import Parser
-from running.files import load_array
-from running.script import run
-from scans.converting import (
-    case_name,
-    convert_all,
-    existing_folder,
-    image_file,
-    only_one,
-    save_array,
-    save_scan,
-    speaker,
-)
-from scans.geometry import geometry_file, load_geometry, place_label
-from scans.nifti import read_nifti_image, read_nifti_label
+    from running.arguments import Parser
+    from running.files import load_array
+    from running.script import run
+    from scans.converting import convert_all, existing_folder, image_file, only_one, save_label, save_scan, speaker
+    from scans.dataset import find, save_organ_names, without_channel
+    from scans.geometry import geometry_file, load_geometry, place_label
+    from scans.itk import is_itk_name, open_itk
+    from scans.nifti import open_nifti
+except ModuleNotFoundError as error:
+    sys.exit(f'nii2npy.py: error: {error}; run it where it is, python .../DATA2NPY/nii2npy.py RAW, after setup.sh')
 
 IMAGES = ('images', 'imagesTr')
 LABELS = ('TCIA_pancreas_labels*', 'labels', 'labelsTr')
-NIFTI = re.compile(r'\.nii(\.gz)?$')
 
 
-def find_files(pattern):
-    """{case: [path, ...]} of the NIfTI files that match a pattern; what its last * stands for is the case."""
-    parts = Path(pattern).parts
-    place = max(i for i, part in enumerate(parts) if '*' in part)
-    named = re.sub(r'\.nii(\.gz|\*)?$', '', parts[place]).split('*')
-    if len(named) == 1:
-        raise ValueError(f'{pattern}: no * in it that stands for the case')
-    told = re.compile('(.*)'.join(map(re.escape, named)), re.DOTALL)
-    cases = defaultdict(list)
-    for path in sorted(map(Path, glob.glob(pattern))):
-        match = told.fullmatch(NIFTI.sub('', path.parts[place]))
-        if match and NIFTI.search(path.name):
-            cases[case_name(match[match.lastindex])].append(path)
-    return cases
-
-
-def find(raw, where, places):
-    """{case: [path, ...]} of the NIfTI files `where` the user says, else in the usual places of `raw`."""
-    if where is None:
-        patterns = [os.path.join(glob.escape(raw), place, '*') for place in places]
-    elif os.path.isdir(where):
-        patterns = [os.path.join(glob.escape(where), '*')]
-    elif '*' in where:
-        patterns = [where]
-    else:
-        raise FileNotFoundError(f'{where}: no such folder, nor a pattern with a *')
-    cases = defaultdict(list)
-    for pattern in patterns:
-        for case, paths in find_files(pattern).items():
-            cases[case] += paths
-    if where is not None and not cases:
-        raise FileNotFoundError(f'{where}: no NIfTI files (.nii, .nii.gz) found')
-    return cases
-
-
-def without_channel(images, labels):
-    """The images, those of nnU-Net's NAME_0000 under NAME where that is a label's name."""
-    return {
-        case.removesuffix('_0000') if case.removesuffix('_0000') in labels else case: paths
-        for case, paths in images.items()
-    }
+def open_scan(path, say):
+    """Return the Volume of a file."""
+    return open_itk(path) if is_itk_name(path) else open_nifti(path, say)
 
 
 def convert_case(out, case, images, labels, orientation):
-    """Read what there is of a case, then write it: nothing is written where the image or the label is wrong."""
-    scan = read_nifti_image(only_one(case, images), speaker(case)) if images else None
+    """Read the image and the label of a case, then write them; nothing is written if one of them is wrong."""
+    say = speaker(case)
+    scan = open_scan(only_one(case, images), say).image(say) if images else None
     if scan is None and not image_file(out, case).exists():
         print(f'{case}: a label without an image, skipped')
         return
-    if labels:
-        label, theirs = read_nifti_label(only_one(case, labels))
-        if scan:
-            shape, ours = scan.image.shape, scan.geometry
-        else:
-            shape, ours = load_array(image_file(out, case)).shape, load_geometry(geometry_file(out, case))
-        label, how = place_label(label, theirs, shape, ours, orientation)
+    label, how = read_label(out, case, only_one(case, labels), scan, orientation) if labels else (None, '')
     if scan:
-        save_scan(out, case, scan)
-    if labels:
-        save_array(Path(out, 'labels', f'{case}.npy'), np.ascontiguousarray(label))
-        organs = ', '.join(f'{organ}: {n}' for organ, n in enumerate(np.bincount(label.ravel())) if organ and n)
+        save_scan(out, case, scan, label)
+    if label is not None:
+        save_label(out, case, label)
+        counts = sum(np.bincount(plane.ravel(), minlength=256) for plane in label)
+        organs = ', '.join(f'{organ}: {n}' for organ, n in enumerate(counts) if organ and n)
         print(f'{case}: label {" x ".join(map(str, label.shape))}, {how}, voxels of organ {organs or "(none)"}')
 
 
+def read_label(out, case, path, scan, orientation):
+    """Return a label (uint8) on the axes of its image, a Scan or else images/CASE.npy, and how that was known."""
+    volume = open_scan(path, speaker(case))
+    if scan:
+        shape, ours = scan.image.shape, scan.geometry
+    else:
+        image = load_array(image_file(out, case))
+        shape, ours = image.shape, load_geometry(geometry_file(out, case), image.shape, image)
+    if orientation == 'auto' and path.absolute().parent.name.startswith('TCIA_pancreas_labels'):
+        orientation = 'published'
+    label, how = place_label(volume.label(), volume.geometry, shape, ours, orientation)
+    return np.ascontiguousarray(label), how
+
+
 def main():
-    made = Parser(__doc__)
-    made.add_argument('raw', metavar='RAW', nargs='?', default='.', help='folder with the NIfTI files')
-    made.add_argument('out', metavar='OUT', nargs='?', help='data folder to write to (RAW)')
-    made.add_argument('--images', metavar='WHERE', help='folder or pattern of the images')
-    made.add_argument('--labels', metavar='WHERE', help='folder or pattern of the labels')
+    parser = Parser(__doc__)
+    parser.add_argument('raw', metavar='RAW', nargs='?', default='.', help='folder with the NIfTI files')
+    parser.add_argument('out', metavar='OUT', nargs='?', help='data folder to write to (RAW)')
+    parser.add_argument('--images', metavar='WHERE', help='folder or pattern of the images')
+    parser.add_argument('--labels', metavar='WHERE', help='folder or pattern of the labels')
     ways = ('auto', 'affine', 'published')
-    made.add_argument('--orientation', choices=ways, default='auto', help='how a label is turned onto its image (auto)')
-    args = made.parse_args()
+    parser.add_argument(
+        '--orientation', choices=ways, default='auto', help='how a label is turned onto its image (auto)'
+    )
+    args = parser.parse_args()
     raw, out = existing_folder(args.raw), args.out or args.raw
     labels = find(raw, args.labels, LABELS)
     images = without_channel(find(raw, args.images, IMAGES), labels)
     if not labels and not images:
-        raise FileNotFoundError(f'{raw}: no NIfTI files in {", ".join(dict.fromkeys(LABELS + IMAGES))}; see --labels')
+        raise FileNotFoundError(f'{raw}: no scans in {", ".join(dict.fromkeys(LABELS + IMAGES))}; see --labels')
     if not images and not any(Path(out, 'images').glob('*.npy')):
         raise FileNotFoundError(f'{out}/images: no image to lay the labels onto; run dicom2npy.py first')
+    if args.images is None and Path(raw, 'imagesTs').is_dir():
+        print('imagesTs: left out, scans without labels; predict.py reads them as they are')
+    save_organ_names(raw, out)
     cases = {case: (images.get(case), labels.get(case)) for case in images.keys() | labels.keys()}
     return convert_all(out, cases, lambda case, files: convert_case(out, case, *files, args.orientation))
 

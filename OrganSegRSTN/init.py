@@ -25,6 +25,7 @@ from running.data_folder import (
 )
 from running.files import LEFTOVERS, atomic_write, errors_naming, load_array, locked, write_array
 from running.results import start_without_network
+from scans.geometry import check_partners
 from utils import in_training_set, is_organ
 from volumes.planes import plane_view
 
@@ -54,6 +55,7 @@ def initialize_case(args, number, name, writers):
     """Slice one case, several planes at a time, and measure its slices meanwhile; -> {plane: [Slice]}."""
     data = Path(args.data_path)
     image, label = load_array(data / 'images' / f'{name}.npy'), load_array(data / 'labels' / f'{name}.npy')
+    check_partners(data, name, image, label)
     label = check_case(name, image, label, args.organ_number)
     written = [
         writers.submit(write_slices, data / f'{kind}_{plane}' / name, volume, plane)

@@ -27,10 +27,10 @@ from running import arguments, script
 from running.data_folder import PLANES
 from running.results import start
 from running.weights import load_weights
-from scans.converting import intensity_doubts
 from scans.dicom import is_slice, modality, read_series, series_folders
-from scans.geometry import PUBLISHED, load_geometry
-from scans.nifti import affine_header, axis_codes, grid_header, is_nifti_name, known, read_nifti_image, write_nifti
+from scans.geometry import PUBLISHED, axis_codes, known, load_geometry
+from scans.nifti import affine_header, grid_header, is_nifti_name, read_nifti_image, write_nifti
+from scans.voxels import intensity_doubts
 from volumes.rounds import agreement, coarse_probability, fine_rounds
 from volumes.testing import predict_volume, to_bytes
 

@@ -115,7 +115,7 @@ def npz(folder):
 
 
 def nifti(folder):
-    from test_conversion import write_nifti
+    from raw_scans import write_nifti
 
     from scans.nifti import read_nifti_image
 
@@ -124,7 +124,7 @@ def nifti(folder):
 
 
 def nifti_gz(folder):
-    from test_conversion import write_nifti
+    from raw_scans import write_nifti
 
     from scans.nifti import read_nifti_label
 

@@ -1,15 +1,18 @@
-"""Raw scans for the tests: DICOM series made here, the conversion scripts run as a user runs them, and their output."""
+"""Raw scans for the tests: DICOM series and NIfTI files made here, the conversion scripts run as a user runs them, and their output."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 REPO = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get('RSTN_SHARED', REPO.parent / 'shared'))
 DICOM2NPY, NII2NPY = '../DATA2NPY/dicom2npy.py', '../DATA2NPY/nii2npy.py'  # for the fixture `call`
 AXIAL = [1, 0, 0, 0, 1, 0]
 BOMB = 300 << 20  # bytes that some hundred kB unpack to
@@ -54,6 +57,18 @@ def write_slices(folder, slices):
     folder.mkdir(parents=True, exist_ok=True)
     for i, s in enumerate(slices):
         s.save_as(folder / f'{(7 * i) % 1000:03}.dcm', enforce_file_format=True)
+
+
+# --- NIfTI files ---------------------------------------------------------------------------------------------------
+
+
+def write_nifti(path, array, affine=None, code=1):
+    """Write an array with its affine as sform and qform of this code."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(array, np.eye(4) if affine is None else affine)
+    image.set_sform(image.affine, code)
+    image.set_qform(image.affine, code)
+    nib.save(image, path)
 
 
 # --- the conversion scripts ----------------------------------------------------------------------------------------

@@ -3,21 +3,17 @@
 Each table reads: what is wrong -> (how to make it, what the line says). The files are made here, none is stored.
 """
 
-import gzip
 import io
-import json
 import os
 import pickle
 import struct
 import zipfile
-import zlib
 
 import numpy as np
 import pytest
 import torch
 from conftest import FOLDER, fusion_args, pretrain_args, run_script, tiny_weights, training_args, write_case
-from raw_scans import BOMB, DICOM2NPY, NII2NPY, converted, make_slices, random_volume, write_slices, zeros
-from test_conversion import write_nifti
+from raw_scans import BOMB, DICOM2NPY, NII2NPY, converted, make_slices, random_volume, write_nifti, write_slices
 from test_run_sh import run_sh
 
 from running.files import save_volume
@@ -30,136 +26,6 @@ def refused(done, line, code=1):
     assert len(errors) == 1 and line in errors[0], done.out + done.err
     assert 'Traceback' not in done.out + done.err
     return True
-
-
-# --- NIfTI: python nii2npy.py RAW OUT ------------------------------------------------------------------------------
-
-
-def nifti_bytes(array=None, **fields):
-    """A .nii of an int16 volume (6, 5, 4), fields of its header changed: {offset: bytes}."""
-    array = random_volume() if array is None else array
-    path = io.BytesIO()
-    import nibabel as nib
-
-    nib.Nifti1Image(array, np.eye(4)).to_stream(path)
-    content = bytearray(path.getvalue())
-    for field, value in fields.items():
-        at, form = {'dim': (40, '<8h'), 'datatype': (70, '<2h'), 'vox_offset': (108, '<f'), 'extension': (348, '<4B2i'),
-                    'slope': (112, '<2f'), 'sizeof_hdr': (0, '<i'), 'magic': (344, '<4s')}[field]  # fmt: skip
-        struct.pack_into(form, content, at, *value)
-    return bytes(content)
-
-
-IMAGES = {
-    'an empty file': (b'', 'not a readable NIfTI file'),
-    'text': (b'text', 'not a readable NIfTI file'),
-    'a header alone': (nifti_bytes()[:348], 'more than the file can hold', 'not a readable NIfTI file'),
-    'half of a header': (nifti_bytes()[:200], 'not a readable NIfTI file'),
-    'half of its voxels': (nifti_bytes()[:-120], 'more than the file can hold', 'not a readable NIfTI file'),
-    'more voxels claimed than it holds': (nifti_bytes(dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]), 'more than the file can hold'),
-    'negative sizes': (nifti_bytes(dim=[3, -6, 5, 4, 1, 1, 1, 1]), 'where one 3D volume is expected'),
-    'no voxels': (nifti_bytes(dim=[3, 0, 5, 4, 1, 1, 1, 1]), 'where one 3D volume is expected'),
-    'four axes': (nifti_bytes(dim=[4, 3, 2, 5, 4, 1, 1, 1]), 'shape (3, 2, 5, 4), where one 3D volume is expected'),
-    'ninety axes': (nifti_bytes(dim=[90, 6, 5, 4, 1, 1, 1, 1]), 'not a readable NIfTI file'),
-    'an unknown type of voxels': (nifti_bytes(datatype=[4444, 16]), 'not a readable NIfTI file'),
-    'colours': (nifti_bytes(datatype=[128, 24]), 'not plain numbers'),
-    'half of its voxels beyond its end': (nifti_bytes(vox_offset=[400.0]), 'more than the file can hold', 'not a readable NIfTI file'),
-    'voxels at 10^15': (nifti_bytes(vox_offset=[1e15]), 'the voxels begin at byte 999999986991104'),
-    'voxels at no number': (nifti_bytes(vox_offset=[float('nan')]), 'not a readable NIfTI file'),
-    'another magic': (nifti_bytes(magic=[b'NiFT']), 'no NIfTI header'),
-    'an intercept that is no number': (nifti_bytes(slope=[1, float('nan')]), 'not a readable NIfTI file'),
-    'voxels that are no numbers': (nifti_bytes(np.full((3, 2, 2), np.nan)), 'values that are not finite'),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize('packed', [False, True], ids=['nii', 'nii.gz'])
-@pytest.mark.parametrize('what', IMAGES)
-def test_a_bad_NIfTI_image(what, packed, call, tmp_path, spare):
-    content, line, *when_packed = IMAGES[what]  # what a packed file holds shows only when it is unpacked
-    line = when_packed[0] if packed and when_packed else line
-    path = tmp_path / 'raw/images' / ('a.nii.gz' if packed else 'a.nii')
-    path.parent.mkdir(parents=True)
-    path.write_bytes(gzip.compress(content) if packed else content)
-    assert line in converted(call, tmp_path, NII2NPY)
-
-
-PACKED = {
-    'a gzip file cut off': (lambda: gzip.compress(nifti_bytes())[:-30], 'not a readable NIfTI file'),
-    'a gzip file of noise': (lambda: b'\x1f\x8b\x08\0' + bytes(range(200)), 'not a readable NIfTI file'),
-    'a gzip file that is none': (nifti_bytes, 'not a readable NIfTI file'),
-    'a gzip bomb of voxels': (lambda: bomb(dim=[3, 2000, 1000, 1000, 1, 1, 1, 1]), 'more than the file can hold'),
-    'a gzip bomb before its voxels': (lambda: bomb(vox_offset=[2.0**28]), 'which no scan needs'),
-    'a gzip bomb in an extension': (
-        lambda: bomb(extension=[1, 0, 0, 0, 2**28, 6], vox_offset=[2.0**28]), 'which no scan needs',
-    ),
-}  # fmt: skip
-
-
-def bomb(**fields):
-    """A NIfTI header, then zeros without end, packed."""
-    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
-    return packer.compress(nifti_bytes(**fields)) + zeros(BOMB, packer)
-
-
-@pytest.mark.parametrize('what', PACKED)
-def test_a_bad_gzip_file(what, call, tmp_path, spare):
-    make, line = PACKED[what]
-    (tmp_path / 'raw/images').mkdir(parents=True)
-    (tmp_path / 'raw/images/a.nii.gz').write_bytes(make())
-    assert line in converted(call, tmp_path, NII2NPY)
-
-
-def test_a_gzip_bomb_behind_its_voxels_is_not_unpacked(call, tmp_path, spare):
-    (tmp_path / 'raw/images').mkdir(parents=True)
-    (tmp_path / 'raw/images/a.nii.gz').write_bytes(bomb())
-    assert call(NII2NPY, tmp_path / 'raw', tmp_path / 'out').code == 0
-
-
-LABELS = {
-    'half an organ': (random_volume() * 0.5, 'is not an organ; a label holds whole numbers from 0 to 255'),
-    'organ 256': (np.full((6, 5, 4), 256, np.int16), '256 is not an organ'),
-    'organ -1': (np.full((6, 5, 4), -1, np.int16), '-1 is not an organ'),
-    'organ nan': (np.full((6, 5, 4), np.nan), 'nan is not an organ'),
-    'a slice too few': (np.zeros((6, 5, 3), np.uint8), 'does not fit its image'),
-}
-
-
-@pytest.mark.parametrize('what', LABELS)
-def test_a_bad_label(what, call, tmp_path):
-    label, line = LABELS[what]
-    write_nifti(tmp_path / 'raw/images/a.nii.gz', random_volume(), code=0)
-    write_nifti(tmp_path / 'raw/labels/a.nii.gz', label, code=0)
-    assert line in converted(call, tmp_path, NII2NPY)
-
-
-def affine_text(affine):
-    return json.dumps({'affine': affine, 'holds': 'position', 'source': 'a', 'type': 'DICOM'})
-
-
-GEOMETRIES = {
-    'an empty file': '',
-    'no JSON': '{',
-    'a list': '[1, 2]',
-    'another object': '{"a": 1}',
-    'nested without end': '[' * 100000,
-    'an affine of words': affine_text([['a'] * 4] * 4),
-    'an affine of three rows': affine_text(np.eye(4)[:3].tolist()),
-    'an affine of nothing': affine_text(np.zeros((4, 4)).tolist()),
-    'an affine beyond all numbers': affine_text(np.full((4, 4), np.inf).tolist()),
-    'a number of 400 digits': affine_text([[10**400] * 4] * 4),
-    'another kind': '{"affine": [[1,0,0,0],[0,1,0,0],[0,0,1,0],[0,0,0,1]], "holds": [], "source": "", "type": ""}',
-}
-
-
-@pytest.mark.parametrize('what', GEOMETRIES)
-def test_a_bad_geometry(what, call, tmp_path):
-    write_nifti(tmp_path / 'raw/labels/a.nii.gz', np.zeros((6, 5, 4), np.uint8))
-    write_case(tmp_path / 'out', 'a', random_volume(shape=(5, 6, 4)), np.zeros((5, 6, 4), np.uint8))
-    (tmp_path / 'out/geometry').mkdir()
-    (tmp_path / 'out/geometry/a.json').write_text(GEOMETRIES[what])
-    done = call(NII2NPY, tmp_path / 'raw', tmp_path / 'out')
-    assert done.code == 1 and 'geometry/a.json: not a geometry (' in done.out.splitlines()[-1], done.out
-    assert len(done.err.splitlines()) == 2
 
 
 # --- .npy: python init.py DATA_PATH 1 1 -100 240 -------------------------------------------------------------------
@@ -654,11 +520,6 @@ def test_a_case_of_an_unfit_name_is_refused_by_it(name, call, tmp_path):
     assert refused(call('init.py', tmp_path / 'data', 1, 1, -100, 240), f'a case name cannot hold {UNFIT[name]}')
     write_slices(tmp_path / 'raw' / name, make_slices(random_volume()))
     assert f'the case name {name!r} holds {UNFIT[name]}' in converted(call, tmp_path)
-
-
-def test_a_pattern_without_a_place_for_the_case(call, tmp_path):
-    (tmp_path / 'ct.nii').touch()
-    assert refused(call(NII2NPY, tmp_path, '--images', tmp_path / 'ct.nii*'), 'no * in it that stands for the case')
 
 
 # --- as a user runs them --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 import check_data
 from check_data import robust_z
 from running import script
-from scans.converting import intensity_doubts
+from scans.voxels import intensity_doubts
 
 CASES = [f'{i:04d}' for i in range(1, 8)]
 PLI = [[0, -2.0, 0, 30], [-2.0, 0, 0, 40], [0, 0, -5.0, 100], [0, 0, 0, 1]]
@@ -57,7 +57,7 @@ def check(capsys, monkeypatch):
 
     def check(data, organs=2):
         monkeypatch.setattr(sys, 'argv', ['check_data.py', str(data), str(organs), '-100', '240'])
-        monkeypatch.setattr(check_data, 'contact_sheet', lambda path, *_: print(f'written: {path}'))
+        monkeypatch.setattr(check_data, 'contact_sheet', lambda *_: print('picture'))
         with pytest.raises(SystemExit) as end:
             script.run(check_data.main)
         out, err = capsys.readouterr()
@@ -112,15 +112,6 @@ def test_the_contact_sheet_shows_every_case_with_its_contour(cohort, call):
     assert [tile.any() for tile in tiles] == [True] * 7 + [False]
 
 
-def test_a_case_is_singled_out_on_the_sheet_of_the_organ_that_is_odd():
-    warnings = check_data.Notes()
-    warnings.add('organ 1: unusual mean HU, 89 where 34 is the median', 'a')
-    warnings.add('the image is float64, usual is int16', 'b')
-    warnings.add('over 25% of organ 2 lie outside the intensity window', 'a', 'b', 'c')
-    found = [[warnings.single_out(case, 'abcd', organ) for case in 'abcd'] for organ in (1, 2)]
-    assert found == [[True, True, False, False], [False, True, False, False]]
-
-
 # --- suspicious ----------------------------------------------------------------------------------------------------
 
 SPOILED = {
@@ -132,7 +123,6 @@ SPOILED = {
     'label left for right': (('labels', lambda a: a[:, ::-1]), '0003: organ 1: unusual place along axis 1'),
     'small organ': (('labels', lambda a: a * (np.arange(12) == 6)), '0003: organ 1: unusual size in ml, '),
     'no organ': (('labels', lambda a: a * (a != 1)), '0003: no organ 1 in its label'),
-    'other type': (('images', lambda a: a.astype(np.float64)), '0003: the image is float64, usual is int16'),
 }  # fmt: skip
 
 
@@ -204,7 +194,7 @@ def test_what_would_stop_the_pipeline_is_an_error_and_the_other_cases_are_looked
     assert 'images/0002.npy: not all values are finite' in errors[1]
     assert '0004.npy: not a readable .npy array' in errors[2]
     assert done.out.splitlines()[-1].startswith('4 cases looked at: ')
-    assert f'written: {cohort / "check_data_1.png"}' in done.out
+    assert done.out.count('picture') == 2, 'one an organ, of the cases that are sound'
 
 
 def test_no_organ_in_any_label_is_an_error_but_one_of_several_is_not(cohort, check):

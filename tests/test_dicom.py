@@ -113,7 +113,7 @@ def test_geometry_is_RAS_of_the_array_as_stored(tmp_path):
         )
         np.testing.assert_allclose(kept['spacing'], [2, 3, 5])
         assert kept['type'] == 'DICOM' and kept['source'] == str(tmp_path / case)
-    assert 'nowhere: no positions in its headers' in said and not (tmp_path / 'geometry/nowhere.json').exists()
+    assert 'nowhere: no positions in its headers' in said and geometry(tmp_path, 'nowhere')['holds'] == 'nothing'
 
 
 # --- what is refused: series ---------------------------------------------------------------------------------------

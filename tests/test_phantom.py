@@ -31,7 +31,7 @@ def fingerprint(folder):
 def converted(raw):
     """[(image, label), ...] of a phantom, through the conversion scripts."""
     run('dicom2npy.py', raw)
-    assert 'by the affines' in run('nii2npy.py', raw)
+    assert 'by transpose(1, 0, 2)' in run('nii2npy.py', raw)
     names = sorted(os.listdir(raw / 'images'))
     assert names == sorted(os.listdir(raw / 'labels'))
     return [(np.load(raw / 'images' / name), np.load(raw / 'labels' / name)) for name in names]

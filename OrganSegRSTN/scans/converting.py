@@ -1,5 +1,6 @@
-"""What dicom2npy.py and nii2npy.py share: case names, writing a case, and going on where one case fails."""
+"""What dicom2npy.py and nii2npy.py share: case names, writing a case, and going on when a case fails."""
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -7,100 +8,111 @@ from pathlib import Path
 import numpy as np
 
 from running.data_folder import name_fault
-from running.files import LEFTOVERS, atomic_write, locked, write_array
-from scans.geometry import geometry_file, save_geometry
+from running.files import LEFTOVERS, atomic_write, load_array, locked, write_array
+from scans.geometry import (
+    Geometry,
+    checksum,
+    geometry_file,
+    known,
+    load_geometry,
+    read_record,
+    save_geometry,
+    write_record,
+)
 
 
 def case_name(text):
-    """The case that a folder or file stands for: 0001 of PANCREAS_0001, label0001 and img0001, else its own name."""
+    """Return the case of a folder or file: 0001 for PANCREAS_0001, label0001 and img0001, else its own name."""
     numbered = re.fullmatch(r'(?:PANCREAS_|label|img)(\d+)', text)
     return numbered[1] if numbered else text
 
 
 def only_one(case, sources):
-    """The one source of a case; ValueError where it has several, or its name cannot stand in a list."""
+    """Return the one source of a case; ValueError if it has several, or if its name does not fit into a list."""
     if len(sources) > 1:
         raise ValueError(f'{len(sources)} sources for one case: {", ".join(map(str, sources))}; keep one of them')
     if fault := name_fault(case):
-        raise ValueError(f'{str(sources[0])!r}: the case name {case!r} holds {fault}, which none may; rename it')
+        raise ValueError(f'{str(sources[0])!r}: the case name {case!r} holds {fault}, which is not allowed; rename it')
     return sources[0]
 
 
 def existing_folder(path):
-    """The path, if it is a folder."""
+    """Return the path if it is a folder; else FileNotFoundError."""
     if not Path(path).is_dir():
         raise FileNotFoundError(f'{path}: no such folder')
     return path
 
 
 def speaker(case):
-    """A print, of one line, that begins with the case's name."""
+    """Return a print that writes a note as one line, after the case's name."""
     return lambda note: print(*f'{case}: {note}'.split())
 
 
 def save_array(path, array):
-    """Write a .npy file; it appears only when it is complete."""
+    """Write a .npy file."""
     with atomic_write(path) as file:
         write_array(file, array)
 
 
-def save_scan(data_path, case, scan):
-    """Write geometry/CASE.json, where it is known, and images/CASE.npy, and say so in a line."""
-    where = geometry_file(data_path, case)
-    if scan.geometry:
-        save_geometry(where, scan.geometry)
-    else:
-        where.unlink(missing_ok=True)
+def save_scan(data_path, case, scan, label=None):
+    """Write geometry/CASE.json and images/CASE.npy; print a line. `label`, if given, is saved next; else one that is there and
+    was made for another image is named.
+    """
+    geometry = scan.geometry or Geometry(np.eye(4), 'nothing', str(image_file(data_path, case)), 'unknown')
+    partners = {'shape': scan.image.shape, 'image_crc32': checksum(scan.image)}
+    if label is not None:
+        partners['label_crc32'] = checksum(label)
+    elif label_file(data_path, case).exists():
+        partners |= _partner_label(data_path, case, geometry, partners['image_crc32'])
+    save_geometry(geometry_file(data_path, case), geometry, **partners)
     save_array(image_file(data_path, case), scan.image)
-    spacing = ' x '.join(f'{s:.3g}' for s in scan.geometry.spacing) + ' mm' if scan.geometry else 'unknown spacing'
+    spacing = ' x '.join(f'{s:.3g}' for s in geometry.spacing) + ' mm' if known(geometry) else 'unknown spacing'
     size = ' x '.join(map(str, scan.image.shape))
     print(f'{case}: image {size}, {spacing}, {scan.image.min()} to {scan.image.max()} HU')
 
 
+def save_label(data_path, case, label):
+    """Write labels/CASE.npy and its checksum into geometry/CASE.json, if its image has one."""
+    save_array(label_file(data_path, case), label)
+    path = geometry_file(data_path, case)
+    if content := read_record(path):
+        write_record(path, content | {'label_crc32': checksum(label)})
+
+
+def _partner_label(data_path, case, geometry, image_crc32):
+    """Return the record of the label that is there when an image is converted: null, with a line, if of another image."""
+    image, record = image_file(data_path, case), geometry_file(data_path, case)
+    with contextlib.suppress(ValueError):  # nothing is known of what is broken
+        content, former = read_record(record), load_geometry(record)
+        former_crc32 = content.get('image_crc32') or (checksum(load_array(image)) if image.exists() else image_crc32)
+        alike = former is None or (former.holds == geometry.holds and np.allclose(former.affine, geometry.affine))
+        if alike and former_crc32 == image_crc32 and content.get('label_crc32', 0) is not None:
+            return {key: content[key] for key in ('label_crc32',) if key in content}
+    print(f'{case}: labels/{case}.npy was made for another images/{case}.npy: convert it again')
+    return {'label_crc32': None}
+
+
 def image_file(data_path, case):
-    """images/CASE.npy of the data folder."""
+    """Return the path of images/CASE.npy in the data folder."""
     return Path(data_path, 'images', f'{case}.npy')
 
 
+def label_file(data_path, case):
+    """Return the path of labels/CASE.npy in the data folder."""
+    return Path(data_path, 'labels', f'{case}.npy')
+
+
 def convert_all(data_path, cases, convert):
-    """convert(case, sources) for each case of a dict; one that fails is named, the others go on. Exit code: 0 or 1."""
-    with locked(Path(data_path, '.lock'), *(f'{kind}/{LEFTOVERS}' for kind in ('images', 'labels', 'geometry'))):
-        return _convert_all(cases, convert)
-
-
-def _convert_all(cases, convert):
+    """Call convert(case, sources) for each item of `cases`; name one that fails and go on. Return exit code 0 or 1."""
     failed = []
-    for case, sources in sorted(cases.items()):
-        try:
-            convert(case, sources)
-        except (ValueError, OSError, MemoryError) as error:
-            failed.append(' '.join(f'{case}: error: {str(error) or type(error).__name__}'.split()))
-            print(failed[-1])
-        sys.stdout.flush()
+    with locked(Path(data_path, '.lock'), *(f'{kind}/{LEFTOVERS}' for kind in ('images', 'labels', 'geometry'))):
+        for case, sources in sorted(cases.items()):
+            try:
+                convert(case, sources)
+            except (ValueError, OSError, MemoryError) as error:
+                failed.append(' '.join(f'{case}: error: {str(error) or type(error).__name__}'.split()))
+                print(failed[-1])
+            sys.stdout.flush()
     if failed:
         print(f'{len(failed)} of {len(cases)} cases failed:', *failed, sep='\n', file=sys.stderr)
     return 1 if failed else 0
-
-
-AIR = -200  # HU that every CT scan falls below somewhere
-
-
-def intensity_doubts(image, low_range, high_range):
-    """What speaks against `image` (any shape) being a CT scan in HU that suits the window: a list of sentences."""
-    low, high = image.min(), image.max()
-    doubts = []
-    if low >= 0 and high <= 255:
-        doubts.append(f'values from {low} to {high}: a picture of 8 bit, not HU')
-    elif low > AIR:
-        doubts.append(
-            f'no value below {AIR} HU, not even air: another modality, clipped, or without its intercept (-1024)'
-        )
-    clipped = outside(image, low_range, high_range)
-    if clipped > 0.97:
-        doubts.append(f'{clipped:.1%} of its voxels lie outside the intensity window, {low_range:g} to {high_range:g}')
-    return doubts
-
-
-def outside(image, low_range, high_range):
-    """Share of voxels that the intensity window clips."""
-    return 1 - np.count_nonzero((image >= low_range) & (image <= high_range)) / image.size

@@ -13,7 +13,8 @@ from pydicom.encaps import generate_frames
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless, UID_dictionary
 
 from running.files import MOST_VOXELS
-from scans.geometry import DEFLATE_AT_BEST, Geometry, Scan, lays_out, stack_slices
+from scans.geometry import Geometry, Scan, lays_out
+from scans.voxels import DEFLATE_AT_BEST, stack_slices
 
 START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers of JPEG and JPEG-LS
 MOST_PIXELS = 2**26  # of one slice
@@ -49,7 +50,7 @@ def read_series(folder, say=print):
     _check_numbers(slices)
     geometry = None
     if slices[0].position is None:
-        say('no positions in its headers: the order by InstanceNumber is not checked, and no geometry is written')
+        say('no positions in its headers: the order by InstanceNumber is not checked, and its place in the patient is unknown')
     else:
         geometry = Geometry(_affine(slices), 'position', str(folder), 'DICOM')
     planes = (_hounsfield(s) for s in slices)

@@ -1,4 +1,4 @@
-"""Predictions as NIfTI files, to open over their scan in 3D Slicer or ITK-SNAP."""
+"""NIfTI files: images and labels to convert, and predictions to open over their scan in 3D Slicer or ITK-SNAP."""
 
 import contextlib
 import gzip
@@ -10,46 +10,57 @@ import nibabel as nib
 import numpy as np
 
 from running.files import MOST_VOXELS, atomic_write, open_file
-from scans.geometry import DEFLATE_AT_BEST, Geometry, Scan, geometry_file, lays_out, load_geometry, stack_slices
+from scans.geometry import Geometry, geometry_file, known, lays_out, load_geometry, what_it_holds
+from scans.voxels import DEFLATE_AT_BEST, Volume
 
-GRID = (  # the fields of a NIfTI header that lay its array into the patient
+GRID = (  # the fields of a NIfTI header that place its array in the patient
     'pixdim xyzt_units qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z '
     'srow_x srow_y srow_z'
 ).split()
+FARTHEST = 1 << 24  # bytes that a NIfTI file may hold before its array
+MM = {1: 1000, 3: 0.001}  # of the codes in xyzt_units that say metres and microns
 
 
-def add_option(made):
-    """--nifti, for a stage that calls `export`."""
-    made.add_argument('--nifti', action='store_true', help='write the final predictions as .nii.gz, too')
+def is_nifti_name(path):
+    """Return whether a path ends like a NIfTI file."""
+    return str(path).endswith(('.nii', '.nii.gz'))
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def add_option(parser):
+    """Add --nifti, for a stage that calls `export`."""
+    parser.add_argument('--nifti', action='store_true', help='write the final predictions as .nii.gz, too')
 
 
 def export(args, npz, mask, case):
-    """Where --nifti was given: write the mask (W, H, L) of a utils.Case beside its .npz, axes as in the array."""
+    """With --nifti, write the mask (W, H, L) of a Case beside its .npz, axes as in the array."""
     if getattr(args, 'nifti', False):
         write_on_scan(npz.with_suffix('.nii.gz'), mask, case, args.data_path)
 
 
 def write_on_scan(path, volume, case, data_path):
-    """Write a volume (W, H, L) of a utils.Case as uint8, where geometry/CASE.json says that its array lies."""
+    """Write a volume (W, H, L) of a Case as uint8, placed as geometry/CASE.json says."""
     name = Path(case.image_file).stem
-    geometry = load_geometry(geometry_file(data_path, name))
+    geometry = load_geometry(geometry_file(data_path, name), volume.shape)
     if not known(geometry):
-        _say_unplaced(name)
+        _warn_unplaced(name)
     write_nifti(path, volume.astype(np.uint8), affine_header(geometry))
 
 
-def known(geometry):
-    """Whether a Geometry (or None) says anything about its array."""
-    return geometry is not None and geometry.holds != 'nothing'
+_said_unplaced = False
 
 
-def axis_codes(geometry):
-    """Where the axes of an array run to in the patient, such as PLI (back, left, down); '' where that is not known."""
-    return ''.join(nib.aff2axcodes(geometry.affine)) if geometry and geometry.holds == 'position' else ''
+def _warn_unplaced(case):
+    global _said_unplaced
+    if not _said_unplaced:
+        print(f'{case}: no geometry/{case}.json that says where it lies: its .nii.gz is in voxels (said once)')
+    _said_unplaced = True
 
 
 def affine_header(geometry):
-    """Header of a file whose array has this Geometry; where that is not known, the identity."""
+    """Return the header of a file whose array has this Geometry; the identity if it is not known."""
     header = nib.Nifti1Header()
     header.set_xyzt_units('mm')
     if known(geometry):
@@ -61,20 +72,15 @@ def affine_header(geometry):
 
 
 def grid_header(path):
-    """Header of a file on the very grid of the NIfTI file at `path`: and nothing else of it."""
+    """Return a header with the grid of the NIfTI file at `path` and nothing else of it."""
     source, header = nifti_header(path), nib.Nifti1Header()
     for field in GRID:
         header[field] = source[field]
     return header
 
 
-def is_nifti_name(path):
-    """Whether a path ends as a NIfTI file's does."""
-    return str(path).endswith(('.nii', '.nii.gz'))
-
-
 def write_nifti(path, array, header):
-    """Write a 3D array as .nii or .nii.gz; the same array gives the same bytes, and the file appears when complete."""
+    """Write a 3D array as .nii or .nii.gz; the same array gives the same bytes."""
     header.set_data_dtype(array.dtype)
     image = nib.Nifti1Image(array, None, header)
     with atomic_write(path) as file:
@@ -85,73 +91,83 @@ def write_nifti(path, array, header):
             image.to_stream(file)
 
 
-_said_unplaced = False
+# --- reading -------------------------------------------------------------------------------------------------------
 
 
-def _say_unplaced(case):
-    global _said_unplaced
-    if not _said_unplaced:
-        print(f'{case}: no geometry/{case}.json that says where it lies: its .nii.gz is in voxels (said once)')
-    _said_unplaced = True
+def read_nifti_image(path, say=print):
+    """Read an image as a Scan; see voxels.Volume."""
+    return open_nifti(path, say).image(say)
+
+
+def read_nifti_label(path, say=print):
+    """Read a label: (uint8 array, its Geometry), axes as in the file; see voxels.Volume."""
+    volume = open_nifti(path, say)
+    return volume.label(), volume.geometry
+
+
+def open_nifti(path, say=print):
+    """Return the Volume of a 3D NIfTI file; `say` prints what is odd about its header. ValueError: not such a file."""
+    with _readable(path):
+        header = nifti_header(path)
+        shape = header.get_data_shape()
+        if len(shape) > 3 and set(shape[3:]) == {1}:
+            header.set_data_shape(shape[:3])
+    _check_size(header, path)
+    with _readable(path):
+        return Volume(header.get_data_shape(), _planes(path, header), nifti_geometry(header, path, say))
 
 
 def nifti_header(path):
-    """The header of a NIfTI file, without its extensions, which may claim any size; ValueError where it is none."""
-    with open_file(path) as file:
-        block = (gzip.GzipFile(fileobj=file) if str(path).endswith('.gz') else file).read(1024)
+    """Read the header without its extensions, which may claim any size; ValueError if there is none."""
+    with _unpacked(path) as file:
+        block = file.read(1024)
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         if kind.may_contain_header(block):
             return kind(block[: kind.template_dtype.itemsize])
     raise ValueError('no NIfTI header')
 
 
-def nifti_geometry(header, path):
-    """Geometry of a NIfTI file's array, axes as in the file, by its nibabel header."""
-    affine = np.asarray(header.get_best_affine(), float)
-    coded = header['sform_code'] > 0 or header['qform_code'] > 0
-    if not (coded and lays_out(affine)):
-        holds = 'nothing'
-    elif not affine[:3, 3].any() and np.count_nonzero(affine[:3, :3]) == 3:
-        holds = 'spacing'
-    else:
-        holds = 'position'
-    return Geometry(affine, holds, str(path), 'NIfTI')
+def nifti_geometry(header, path, say=print):
+    """Return the Geometry of an array, axes as in its file, from its nibabel header: by sform, else by qform."""
+    unit = int(header['xyzt_units']) & 7
+    if unit in MM:
+        say(f'its header is in {"metres" if unit == 1 else "microns"}: converted to mm')
+    for name in ('sform', 'qform'):
+        if header[f'{name}_code'] > 0:
+            with contextlib.suppress(nib.spatialimages.HeaderDataError, ValueError):  # of a quaternion that is none
+                affine = np.diag([MM.get(unit, 1)] * 3 + [1]) @ getattr(header, f'get_{name}')()
+                if lays_out(affine):
+                    return Geometry(affine, what_it_holds(affine), str(path), 'NIfTI')
+            say(f'its {name} lays out no volume: not used')
+    say('its header gives no affine')
+    return Geometry(np.eye(4), 'nothing', str(path), 'NIfTI')
 
 
-FARTHEST = 1 << 24  # bytes that a NIfTI file may hold before its array
+def _planes(path, header):
+    """Yield the planes (x, y) of a file along z, scaled, one at a time in memory."""
+    with _readable(path), _unpacked(path) as file:
+        array = nib.arrayproxy.ArrayProxy(file, header)
+        for k in range(array.shape[2]):
+            yield array[..., k]
+        file.read(1)  # at its end a gzip file is checked against its checksum
 
 
-def read_nifti_image(path, say=print):
-    """A NIfTI image as a Scan, stored as published, transpose(1, 0, 2); `say` as for read_series."""
-    values, geometry = read_nifti(path)
-    if geometry.holds == 'nothing':
-        say('its header gives no affine (sform and qform codes are 0)')
-    return Scan(stack_slices(values.T, values.T.shape, path, say), geometry.transposed())
+@contextlib.contextmanager
+def _unpacked(path):
+    """Open a file for the bytes in it: those that are packed where it begins as gzip does, whatever its name."""
+    with open_file(path) as file:
+        yield gzip.GzipFile(fileobj=file) if _is_gzip(file) else file
 
 
-def read_nifti_label(path):
-    """A NIfTI label: (uint8 array, its Geometry), axes as in the file; ValueError where a value is not 0, 1 ... 255."""
-    values, geometry = read_nifti(path)
-    with np.errstate(invalid='ignore'):
-        label = values.astype(np.uint8)
-    wrong = values[label != values]
-    if wrong.size:
-        raise ValueError(f'{path}: {wrong[0]} is not an organ; a label holds whole numbers from 0 to 255')
-    return label, geometry
-
-
-def read_nifti(path):
-    """(array of numbers, Geometry) of a 3D NIfTI file, axes as in the file."""
-    with _readable(path):
-        header = nifti_header(path)
-    _check_claims(header, path)
-    with _readable(path):
-        return np.asanyarray(nib.arrayproxy.ArrayProxy(path, header)), nifti_geometry(header, path)
+def _is_gzip(file):
+    packed = file.read(2) == b'\x1f\x8b'
+    file.seek(0)
+    return packed
 
 
 @contextlib.contextmanager
 def _readable(path):
-    """Whatever nibabel, zlib and gzip raise about a broken file, as one ValueError that names it."""
+    """Raise whatever nibabel, zlib and gzip raise about a broken file as one ValueError that names it."""
     try:
         yield
     except FileNotFoundError:
@@ -160,17 +176,20 @@ def _readable(path):
         raise ValueError(f'{path}: not a readable NIfTI file; is it truncated? ({error})') from None
 
 
-def _check_claims(header, path):
-    """Refuse, before memory is taken, what is not 3D numbers or claims more voxels than the file can hold."""
+def _check_size(header, path):
+    """Refuse, before memory is allocated, what is not 3D numbers or asks for more voxels than the file can hold."""
     with _readable(path):
         shape, kind, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
+        with open_file(path) as file:
+            room = os.path.getsize(path) * (DEFLATE_AT_BEST if _is_gzip(file) else 1)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f'{path}: shape {shape}, where one 3D volume is expected')
     if kind.kind not in 'iufb':
         raise ValueError(f'{path}: it holds {kind}, not plain numbers')
-    if offset > FARTHEST:
-        raise ValueError(f'{path}: its header claims that the voxels begin at byte {offset}, which no scan needs')
+    if not header.template_dtype.itemsize <= offset <= FARTHEST:  # at 0 nibabel reads the header, ITK 4 bytes too early
+        raise ValueError(
+            f'{path}: its header says that the voxels begin at byte {offset}; write it again (usual is 352)'
+        )
     voxels = math.prod(shape)
-    room = os.path.getsize(path) * (DEFLATE_AT_BEST if str(path).endswith('.gz') else 1)
     if voxels > MOST_VOXELS or offset + voxels * kind.itemsize > room:
         raise ValueError(f'{path}: its header claims {shape} voxels, more than the file can hold; is it truncated?')
