@@ -518,8 +518,9 @@ def test_run_sh_takes_any_path(tmp_path):
 def test_a_case_of_an_unfit_name_is_refused_by_it(name, call, tmp_path):
     write_case(tmp_path / 'data', name, np.zeros((3, 4, 5), np.int16), np.ones((3, 4, 5), np.uint8))
     assert refused(call('init.py', tmp_path / 'data', 1, 1, -100, 240), f'a case name cannot hold {UNFIT[name]}')
-    write_slices(tmp_path / 'raw' / name, make_slices(random_volume()))
-    assert f'the case name {name!r} holds {UNFIT[name]}' in converted(call, tmp_path)
+    if UNFIT[name] != 'white space':  # which dicom2npy.py replaces by _
+        write_slices(tmp_path / 'raw' / name, make_slices(random_volume()))
+        assert f'the case name {name!r} holds {UNFIT[name]}' in converted(call, tmp_path)
 
 
 # --- as a user runs them --------------------------------------------------------------------------------------------
