@@ -100,14 +100,6 @@ def write_nifti(path, array, affine=None, code=1):
 # --- the conversion scripts ----------------------------------------------------------------------------------------
 
 
-def write_nifti(path, array, affine=None, code=1):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = nib.Nifti1Image(array, np.eye(4) if affine is None else affine)
-    image.set_sform(image.affine, code)
-    image.set_qform(image.affine, code)
-    nib.save(image, path)
-
-
 def convert(script, *arguments, cwd=None, status=0):
     """Run a script; return its stdout and stderr. `status` is the exit code to expect."""
     command = [sys.executable, REPO / 'DATA2NPY' / script, *arguments]

@@ -357,14 +357,22 @@ def test_a_bad_start(what, data, call):
     assert refused(call('training.py', *training_args(data), '--pretrained', data / 'own.pth'), line)
 
 
-@pytest.mark.parametrize('told', ['words', {'organ_ID': 1}, {'cases': [[]]}, {'cases': 5}])
-def test_what_a_start_tells_of_itself_may_be_anything(told, data):
+@pytest.mark.parametrize(
+    ('content', 'facts'),
+    [
+        ('words', {}),
+        ({'organ_ID': 1, 'plane': 5, 'more': 3}, {'organ_ID': 1}),
+        ({'cases': [[]], 'intensity_window': [1], 'spacing': ['a', 'b', 'c']}, {}),
+        ({'cases': 5, 'recipe': 'published'}, {'recipe': 'published'}),
+    ],
+)
+def test_of_what_weights_say_only_facts_of_the_right_type_count(content, facts, data):
     from running.weights import description, load_weights
 
     state = torch.nn.Linear(2, 2).state_dict()
-    state._metadata['OrganSegRSTN'] = told
+    state._metadata['OrganSegRSTN'] = content
     torch.save(state, data / 'a.pth')
-    assert description(load_weights(data / 'a.pth')) == {}
+    assert description(load_weights(data / 'a.pth')) == facts
 
 
 # --- figures to compare with: python report.py DATA_PATH --reference FILE -------------------------------------------

@@ -65,7 +65,7 @@ def case_names(data):
 def array_names(folder):
     """Return the sorted names of a folder's .npy files; print what else is in it."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    arrays = [file for file in files if file.suffix == '.npy' and not file.name.startswith('.') and file.is_file()]
+    arrays = [file for file in files if file.suffix == '.npy' and not file.name.startswith('.') and file.exists()]
     others = [file.name for file in files if file not in arrays and not file.match(LEFTOVERS)]
     if others:
         more = f' and {len(others) - 5} more' if len(others) > 5 else ''

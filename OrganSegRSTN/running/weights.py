@@ -87,9 +87,10 @@ def description(weights):
     found = metadata.get('OrganSegRSTN') if isinstance(metadata, dict) else None
     facts = found.items() if isinstance(found, dict) else ()
     facts = {name: value for name, value in facts if name in FACTS and isinstance(value, FACTS[name])}
-    for name, length in (('intensity_window', 2), ('spacing', 3)):
-        numbers = [value for value in facts.get(name, ()) if isinstance(value, int | float)]
-        if name in facts and len(numbers) != length:
+    parts = {'intensity_window': (2, int | float), 'spacing': (3, int | float), 'cases': (None, str)}
+    for name in parts.keys() & facts.keys():
+        length, kind = parts[name]
+        if length not in (None, len(facts[name])) or not all(isinstance(part, kind) for part in facts[name]):
             del facts[name]
     return facts
 
