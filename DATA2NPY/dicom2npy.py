@@ -69,7 +69,8 @@ def main():
             raise FileNotFoundError(f'no DICOM series found for it in {raw}')
         folder = only_one(case, folders)
         if folder in parts:
-            raise ValueError(f'{folder} and {parts[folder]} hold parts of one scan; put all its slices into one folder')
+            raise ValueError(f'{folder} and {parts[folder]} look like parts of one scan; put its slices into one folder, '
+                             'or convert each folder by itself')  # fmt: skip
         save_scan(out, case, read_series(folder, speaker(case), args.resample, args.acquisition))
 
     return convert_all(out, cases, convert)
