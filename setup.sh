@@ -1,19 +1,36 @@
-# Sourced by run.sh and tests/run.sh: leaves in PYTHON the python to use. The user's own, where PYTHON names it; else that
-# of .venv, which is made and filled where it is missing or requirements.txt or the C++ module have changed since.
-if [[ -z ${PYTHON:-} ]]; then
+# Sourced by run.sh and tests/run.sh: leaves in PYTHON the python to use. The user's own, if PYTHON
+# names it; else that of .venv, which is made, and filled again when requirements.txt or the C++
+# module have changed.
+fail() {
+  echo "$1" >&2
+  exit 1
+}
+own='name a python that has requirements.txt installed: PYTHON=... bash run.sh'
+
+if [[ -n ${PYTHON:-} ]]; then
+  command -v "$PYTHON" >/dev/null || fail "PYTHON is '$PYTHON': there is no such command"
+  # the modules of requirements.txt without which some stage fails
+  missing=$("$PYTHON" -c '
+import sys
+sys.exit("too old") if sys.version_info < (3, 10) else None
+import importlib.util
+print(*(name for name in sys.argv[1:] if not importlib.util.find_spec(name)))
+' torch numpy scipy pydicom nibabel tqdm matplotlib surface_distance jinja2 2>/dev/null) ||
+    fail "PYTHON is '$PYTHON', which does not start as python 3.10 or newer"
+  [[ -z $missing ]] || fail "$PYTHON lacks $missing; install them: $PYTHON -m pip install -r '$HERE/requirements.txt'"
+else
   PYTHON=$HERE/.venv/bin/python
   wanted=$(cat "$HERE/requirements.txt" "$HERE"/SWIG_fast_functions/{*.toml,*.h,*.cc,*.i,setup.py} | cksum)
   if [[ $(cat "$HERE/.venv/ready" 2>/dev/null) != "$wanted" ]]; then
+    [[ -w $HERE && ( ! -e $HERE/.venv || -w $HERE/.venv ) ]] ||
+      fail "$HERE cannot be written to, so .venv cannot be made there; $own"
     echo "#### set-up: $HERE/.venv (once; some minutes)"
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-      { echo 'python3 3.10 or newer is needed; or name one: PYTHON=... bash run.sh' >&2; exit 1; }
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+      fail "python3 is not 3.10 or newer; $own"
     python3 -m venv "$HERE/.venv" ||
-      { echo 'python3 -m venv failed (Debian, Ubuntu: apt-get install python3-venv)' >&2; exit 1; }
+      fail 'python3 -m venv failed (Debian, Ubuntu: apt-get install python3-venv)'
     (cd "$HERE" && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt) ||
-      { echo 'installing requirements.txt failed: see above (a C++ compiler and a package index are needed)' >&2; exit 1; }
+      fail 'installing requirements.txt failed: see above (a C++ compiler and a package index are needed)'
     echo "$wanted" >"$HERE/.venv/ready"
   fi
-elif ! command -v "$PYTHON" >/dev/null; then
-  echo "PYTHON is '$PYTHON': there is no such command" >&2
-  exit 1
 fi

@@ -1,23 +1,25 @@
-"""Convert NIfTI labels, and images where they are NIfTI too, to labels/CASE.npy (uint8) and images/CASE.npy. Usage:
+"""Convert NIfTI labels, and images if they are NIfTI too, to labels/CASE.npy and images/CASE.npy. Usage:
 
-    python nii2npy.py [RAW] [OUT] [--images WHERE] [--labels WHERE] [--orientation auto|affine|published]
+    python nii2npy.py [RAW] [OUT] [--images WHERE] [--labels WHERE] [--orientation HOW]
 
-In RAW (default: the folder you are in), labels are TCIA_pancreas_labels*/label0001.nii.gz, which become case 0001, and
-labels/NAME.nii.gz or labelsTr/NAME.nii.gz; images are images/NAME.nii.gz or imagesTr/NAME.nii.gz (or NAME_0000). WHERE
-is another folder, or a pattern in quotes whose last * is the case: --images 'scans/*_ct.nii.gz'. OUT (default: RAW) is
-the data folder; a label whose image is not here belongs to OUT/images/CASE.npy, as dicom2npy.py wrote it. .nrrd, .mha
-and .mhd are read too, if SimpleITK is installed. RAW/dataset.json (nnU-Net, Decathlon) names the organs.
+In RAW (default: the folder you are in), labels are TCIA_pancreas_labels*/label0001.nii.gz, which become
+case 0001, and labels/NAME.nii.gz or labelsTr/NAME.nii.gz; images are images/NAME.nii.gz or
+imagesTr/NAME.nii.gz (or NAME_0000). WHERE is another folder, or a pattern in quotes whose last * is the
+case: --images 'scans/*_ct.nii.gz'. OUT (default: RAW) is the data folder. A label whose image is not in
+RAW belongs to OUT/images/CASE.npy. .nrrd, .mha and .mhd are read too, if SimpleITK is installed.
+RAW/dataset.json (nnU-Net, Decathlon) names the organs.
 
-A label is turned onto its image's axes, never resampled: one of NIH (TCIA_pancreas_labels*) by transpose(1, 0, 2), as
-published; another by the two affines if both say how, else by transpose(1, 0, 2). A case that fails is named, the
-others are converted, and the exit code is 1.
+A label is turned onto its image's axes, never resampled. HOW is auto, affine or published: auto turns
+NIH's labels (TCIA_pancreas_labels*) by transpose(1, 0, 2), as published, and others by the two affines
+if both say how, else by transpose(1, 0, 2). A case that fails is named, the others are converted, and
+the exit code is 1.
 """
 
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'OrganSegRSTN'))
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(__file__)), '..', 'OrganSegRSTN'))
 try:
     import numpy as np
 
@@ -25,12 +27,13 @@ try:
     from running.files import load_array
     from running.script import run
     from scans.converting import convert_all, existing_folder, image_file, only_one, save_label, save_scan, speaker
-    from scans.dataset import find, save_organ_names, without_channel
+    from scans.dataset import copy_label_names, find, without_channel
     from scans.geometry import geometry_file, load_geometry, place_label
     from scans.itk import is_itk_name, open_itk
     from scans.nifti import open_nifti
 except ModuleNotFoundError as error:
-    sys.exit(f'nii2npy.py: error: {error}; run it where it is, python .../DATA2NPY/nii2npy.py RAW, after setup.sh')
+    sys.exit(f'nii2npy.py: error: {error}; install requirements.txt, and run this script where the repository has it: '
+             'python REPOSITORY/DATA2NPY/nii2npy.py RAW OUT')  # fmt: skip
 
 IMAGES = ('images', 'imagesTr')
 LABELS = ('TCIA_pancreas_labels*', 'labels', 'labelsTr')
@@ -42,7 +45,7 @@ def open_scan(path, say):
 
 
 def convert_case(out, case, images, labels, orientation):
-    """Read the image and the label of a case, then write them; nothing is written if one of them is wrong."""
+    """Read the image and the label of a case; write them if neither is wrong."""
     say = speaker(case)
     scan = open_scan(only_one(case, images), say).image(say) if images else None
     if scan is None and not image_file(out, case).exists():
@@ -59,7 +62,7 @@ def convert_case(out, case, images, labels, orientation):
 
 
 def read_label(out, case, path, scan, orientation):
-    """Return a label (uint8) on the axes of its image, a Scan or else images/CASE.npy, and how that was known."""
+    """Return a label (uint8) turned onto its image, a Scan or else images/CASE.npy, and how."""
     volume = open_scan(path, speaker(case))
     if scan:
         shape, ours = scan.image.shape, scan.geometry
@@ -92,7 +95,7 @@ def main():
         raise FileNotFoundError(f'{out}/images: no image to lay the labels onto; run dicom2npy.py first')
     if args.images is None and Path(raw, 'imagesTs').is_dir():
         print('imagesTs: left out, scans without labels; predict.py reads them as they are')
-    save_organ_names(raw, out)
+    copy_label_names(raw, out)
     cases = {case: (images.get(case), labels.get(case)) for case in images.keys() | labels.keys()}
     return convert_all(out, cases, lambda case, files: convert_case(out, case, *files, args.orientation))
 

@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +11,8 @@ from torch.utils.data import Dataset
 
 from running.data_folder import Slice, read_cases, read_list, slice_list
 from running.files import load_array
+from running.results import Checksums, revision
+from scans.geometry import axis_codes, geometry_file, known, load_geometry
 from utils import is_organ, to_unit
 
 
@@ -18,15 +22,13 @@ class DataLayer(Dataset):
     def __init__(self, data_path, current_fold, organ_number, low_range, high_range, slice_threshold, slice_thickness,
                  organ_ID, plane):  # fmt: skip
         self.data_path, self.organ_ID = data_path, organ_ID
-        self.window, self.thickness = (low_range, high_range), slice_thickness
+        self.intensity_window, self.thickness = (low_range, high_range), slice_thickness
         path = slice_list(data_path, plane)
         self.slices = read_slices(path)
         if any(len(record.organs) < organ_ID for record in self.slices):
             raise ValueError(f'{path}: holds no organ {organ_ID}; run init.py with organ_number {organ_number}')
-        training, testing = (
-            {case.number for case in read_cases(data_path, kind, current_fold)} for kind in ('training', 'testing')
-        )
-        self.check_end(path, len(training | testing))
+        training = {case.number for case in read_cases(data_path, 'training', current_fold)}
+        self.check_end(path, training)
         pixels = [record.organs[organ_ID - 1][0] for record in self.slices]
         bar = slice_bar(pixels, slice_threshold)
         self.active = [i for i, record in enumerate(self.slices) if pixels[i] >= bar and record.case in training]
@@ -37,31 +39,30 @@ class DataLayer(Dataset):
             )
 
     def check_end(self, path, cases):
-        """ValueError where the list of slices ends before the last of so many cases does."""
+        """Raise ValueError where the list of slices was cut off: it ends before its last case, or before one of `cases`."""
         last = self.slices[-1]
         beyond = os.path.join(os.path.dirname(last.image_file), f'{last.index + 1:04d}.npy')
-        if last.case + 1 != cases or os.path.exists(os.path.join(self.data_path, beyond)):
+        if last.case < max(cases) or os.path.exists(os.path.join(self.data_path, beyond)):
             raise ValueError(
-                f'{path}: ends with slice {last.index} of case {last.case}, which is not the last of {cases} cases, '
-                'as if this list or one of the fold were cut off; run init.py again'
+                f'{path}: ends with slice {last.index} of case {last.case}, but there are more; run init.py again'
             )
 
     def __len__(self):
         return len(self.active)
 
     def __getitem__(self, index):
-        window = self.window_of(self.active[index])
-        image = self.stack([record.image_file for record in window])
-        label = self.stack([record.label_file for record in window[: self.thickness]])
+        records = self.window_of(self.active[index])
+        image = self.stack([record.image_file for record in records])
+        label = self.stack([record.label_file for record in records[: self.thickness]])
         if image.shape[1:] != label.shape[1:]:
             raise ValueError(
-                f'{window[1].label_file}: shape {label.shape[1:]}, its image {image.shape[1:]}; run init.py again'
+                f'{records[1].label_file}: shape {label.shape[1:]}, its image {image.shape[1:]}; run init.py again'
             )
         label = is_organ(label, self.organ_ID).astype(np.float32)
-        return torch.from_numpy(to_unit(image, *self.window)), torch.from_numpy(label)
+        return torch.from_numpy(to_unit(image, *self.intensity_window)), torch.from_numpy(label)
 
     def stack(self, files):
-        """The slices in these files, (n, A, B)."""
+        """Return the slices in these files, (n, A, B)."""
         slices = [load_array(os.path.join(self.data_path, file)) for file in files]
         for file, found in zip(files, slices):
             if found.ndim != 2 or found.shape != slices[0].shape:
@@ -69,14 +70,14 @@ class DataLayer(Dataset):
         return np.stack(slices)
 
     def window_of(self, i):
-        """The three records of the window at slice i of the list; a case's end stands in for what lies beyond it."""
+        """Return the three records of the slice window at slice i; slice i itself stands in beyond an end of its case."""
         case, reach = self.slices[i].case, self.thickness // 2
         before, after = max(i - reach, 0), min(i + reach, len(self.slices) - 1)
         return [self.slices[k] if self.slices[k].case == case else self.slices[i] for k in (before, i, after)]
 
 
 def read_slices(path):
-    """The records of a list of slices: of case 0, 1, ... each slice from 0."""
+    """Return the records of a list of slices: of case 0, 1, ... each slice from 0."""
     lines = read_list(path)
     try:
         slices = [Slice.read(line) for line in lines]
@@ -92,7 +93,7 @@ def read_slices(path):
 
 
 def slice_bar(pixels, slice_threshold):
-    """Pixels of the organ from which a slice is active.
+    """Return the number of organ pixels from which a slice is active.
 
     pixels: the counts of all slices. A slice_threshold above 1 is the bar itself; up to 1, that share of the slices
     with the organ, the fullest first, reaches the bar (all slices for 0).
@@ -106,7 +107,35 @@ def slice_bar(pixels, slice_threshold):
     return max(sorted(pixels)[-last], 1)
 
 
+def training_facts(args, **facts):
+    """Return what weights trained with these arguments say of their training (see running.weights.FACTS)."""
+    cases = read_cases(args.data_path, 'training', args.current_fold)
+    geometries = [load_geometry(geometry_file(args.data_path, Path(case.image_file).stem)) for case in cases]
+    codes = Counter(filter(None, map(axis_codes, geometries)))
+    spacings = [geometry.spacing for geometry in geometries if known(geometry)]
+    if codes:
+        facts['orientation'] = codes.most_common(1)[0][0]
+    if spacings:
+        facts['spacing'] = np.median(spacings, axis=0).tolist()
+    return facts | {
+        'organ_ID': args.organ_ID,
+        'slice_thickness': args.slice_thickness,
+        'crop_margin': args.crop_margin,
+        'intensity_window': [args.low_range, args.high_range],
+        'cases': image_checksums(args, cases),
+        'revision': revision(),
+    }
+
+
+def image_checksums(args, cases):
+    """Return `images/0001.npy SHA-256` of each case, which tells whether two data folders hold the same scans."""
+    checksum = Checksums(args.data_path)
+    found = [f'{case.image_file} {checksum(Path(args.data_path, case.image_file))}' for case in cases]
+    checksum.save()
+    return found
+
+
 def load_slices(args, plane):
-    """The training set of a plane."""
+    """Return the training set of a plane."""
     return DataLayer(args.data_path, args.current_fold, args.organ_number, args.low_range, args.high_range,
                      args.slice_threshold, args.slice_thickness, args.organ_ID, plane)  # fmt: skip

@@ -1,8 +1,11 @@
-"""Looks over a data folder before a long training: python check_data.py data_path organ_number low_range high_range
+"""Looks over a data folder before a long training. Usage:
 
-Reads images/, labels/ and geometry/. Prints a line for each case, warnings (look at these cases) and errors (init.py or
-the training would stop; exit code 1). Writes data_path/check_data.png, or check_data_1.png ... for several organs: of
-each case the axial slice with most of the organ, its contour in red.
+    python check_data.py data_path organ_number low_range high_range
+
+Reads images/, labels/ and geometry/. Prints a line for each case, warnings (look at these cases) and
+errors (init.py or the training would stop; exit code 1). Writes data_path/check_data.png, or
+check_data_1.png ... for several organs: of each case the axial slice with most of the organ, its
+contour in red.
 """
 
 from collections import Counter
@@ -72,7 +75,7 @@ class Remarks(dict):
 
 
 def main():
-    args = arguments.parse(arguments.parser(__doc__, 'data_path organ_number low_range high_range'.split()))
+    args = arguments.parse(arguments.stage_parser(__doc__, 'data_path organ_number low_range high_range'.split()))
     errors, warnings, cases = Remarks(), Remarks(), []
     for name in case_names(Path(args.data_path)):
         try:
@@ -88,13 +91,10 @@ def main():
     if not any(organ.voxels for case in cases for organ in case.organs):
         errors.add('there is no organ in any label')
     warnings.show('warning')
-    try:
-        for organ_ID in range(1, args.organ_number + 1) if cases else ():
-            contact_sheet(args, cases, organ_ID)
-    except OSError as error:  # such as a read-only data folder
-        errors.add(f'no picture: {error}')
     errors.show('error')
     print(f'{len(cases)} cases looked at: {len(warnings)} kinds of warnings, {len(errors)} errors')
+    for organ_ID in range(1, args.organ_number + 1) if cases else ():
+        contact_sheet(args, cases, organ_ID)
     return 1 if errors else 0
 
 
@@ -102,7 +102,7 @@ def main():
 
 
 def measure_case(args, name, warnings):
-    """Return the CaseFigures of a name and add its warnings; ValueError or OSError if init.py would stop at it."""
+    """Return the CaseFigures of a case, add its warnings; raise what init.py would stop at."""
     data, intensity_window = Path(args.data_path), (args.low_range, args.high_range)
     image, label = (load_array(data / kind / f'{name}.npy') for kind in ('images', 'labels'))
     check_partners(data, name, image, label)
@@ -174,7 +174,7 @@ def compare_images(cases, warnings):
 
 
 def compare_organs(cases, organ_ID, warnings):
-    """Warn of cases whose organ differs from the others' in size, density or place, as a flipped label does."""
+    """Warn of cases whose organ differs from the others' in size, density or place."""
     present = [case for case in cases if case.organs[organ_ID - 1].voxels]
     if cases and not present:
         warnings.add(f'organ {organ_ID} is in no label: it cannot be trained on')
@@ -197,9 +197,10 @@ def compare_organs(cases, organ_ID, warnings):
 
 
 def robust_z(values, least):
-    """Return how many robust standard deviations (from the median deviation) each value is from the median.
+    """Return how many robust standard deviations each value is from the median.
 
-    least: the smallest deviation to measure by, in the values' unit, so that an even cohort has no outliers.
+    least: the smallest deviation to measure by, in the values' unit, so that an even cohort has
+    no outliers.
     """
     off = np.asarray(values, float) - np.median(values)
     return off / max(np.median(np.abs(off)) / 0.6745, least)

@@ -1,10 +1,16 @@
-"""Initialization: slices every volume along X, Y and Z, and writes the lists of slices and folds.
+"""Initialization: slice every volume along X, Y and Z, and write the lists of slices and folds.
 
-Reads images/*.npy (int16 HU) and labels/*.npy (uint8), both (W, H, L), paired by name; writes images_X|Y|Z/,
-labels_X|Y|Z/ and lists/. A slice is written unclipped; only its average in the list is of clipped intensities.
+Reads images/*.npy (int16 HU) and labels/*.npy (uint8), both (W, H, L), paired by name. Writes
+images_X|Y|Z/, labels_X|Y|Z/, lists/ and init.json, the record of what the lists were made of. A slice
+is written unclipped; only its average in the list is of clipped intensities. A list that was edited by
+hand is replaced only with --overwrite.
 """
 
+import hashlib
+import inspect
+import json
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,32 +29,41 @@ from running.data_folder import (
     slice_averages,
     slice_list,
 )
-from running.files import LEFTOVERS, atomic_write, errors_naming, load_array, locked, write_array
-from running.results import start_without_network
+from running.files import LEFTOVERS, atomic_write, errors_naming, load_array, locked, read_json, read_lines, write_array
+from running.results import checksum, start_without_network
 from scans.geometry import check_partners
 from utils import in_training_set, is_organ
 from volumes.planes import plane_view
 
 SLICES_AT_ONCE = 32  # slices gathered at a time
+RECORD = 'init.json'  # in the data folder: what the lists were made of, and their checksums
 
 
 def main():
-    made = arguments.parser(__doc__, 'data_path organ_number folds low_range high_range'.split())
-    args = arguments.parse(made)
+    parser = arguments.stage_parser(__doc__, 'data_path organ_number folds low_range high_range'.split())
+    parser.add_argument('--if_changed', action='store_true',
+                        help='do nothing if the lists are of these settings, images and labels')  # fmt: skip
+    arguments.add_overwrite(parser)
+    args = arguments.parse(parser)
     start_without_network(args, 'initialization')
     names = case_names(Path(args.data_path))
     if len(names) < args.folds:
         raise ValueError(f'{args.data_path}: {len(names)} cases cannot be divided into {args.folds} folds')
+    inputs = describe_inputs(args, names)
+    record = read_record(args.data_path)
+    if args.if_changed and unchanged(args.data_path, record, inputs):
+        print('initialized before: nothing has changed')
+        return
     records = {plane: [] for plane in PLANES}
     written = ['lists', *(f'{kind}_{plane}' for kind in ('images', 'labels') for plane in PLANES)]
     with locked(Path(args.data_path, '.lock'), '.check_data*.part', *(f'{folder}/{LEFTOVERS}' for folder in written)):
-        for former in Path(args.data_path, 'lists').glob('*.txt'):  # a run that is cut off leaves none that lie
-            former.unlink()
+        remove_lists(args, fold_lists(args, names), record.get('lists', {}))
         with ThreadPoolExecutor(os.cpu_count()) as writers:
             for number, name in enumerate(tqdm(names, desc='cases', disable=None)):
                 for plane, found in initialize_case(args, number, name, writers).items():
                     records[plane] += found
-        write_lists(args, names, records)
+        write_lists(args, fold_lists(args, names) | slice_lists(args, records), inputs)
+    print(f'{len(names)} cases in {args.folds} folds, lists in {Path(args.data_path, "lists")}')
 
 
 def initialize_case(args, number, name, writers):
@@ -102,20 +117,96 @@ def contiguous_slices(volume, plane):
         yield from np.ascontiguousarray(view[j : j + SLICES_AT_ONCE])
 
 
-def write_lists(args, names, records):
-    """Write lists/training_X|Y|Z.txt, training_FD*.txt and testing_FD*.txt."""
-    files = {slice_list(args.data_path, plane): list(map(str, records[plane])) for plane in PLANES}
-    for fold in range(args.folds):
-        for kind in ('training', 'testing'):
-            files[fold_list(args.data_path, kind, fold)] = [
-                f'{i} images/{name}.npy labels/{name}.npy'
-                for i, name in enumerate(names)
-                if in_training_set(len(names), i, args.folds, fold) == (kind == 'training')
-            ]
-    for path, lines in files.items():
-        with atomic_write(path, 'w') as file:
-            file.writelines(f'{line}\n' for line in lines)
-    print(f'{len(names)} cases in {args.folds} folds, lists in {Path(args.data_path, "lists")}')
+# --- lists, and the record of what they were made of ----------------------------------------------------------------
+
+
+def slice_lists(args, records):
+    """{path: lines} of lists/training_X|Y|Z.txt."""
+    return {slice_list(args.data_path, plane): list(map(str, records[plane])) for plane in PLANES}
+
+
+def fold_lists(args, names):
+    """{path: lines} of lists/training_FD*.txt and testing_FD*.txt."""
+    return {
+        fold_list(args.data_path, kind, fold): [
+            f'{i} images/{name}.npy labels/{name}.npy'
+            for i, name in enumerate(names)
+            if in_training_set(len(names), i, args.folds, fold) == (kind == 'training')
+        ]
+        for fold in range(args.folds)
+        for kind in ('training', 'testing')
+    }
+
+
+def write_lists(args, lists, inputs):
+    """Write the record, then the lists: a run that is cut off leaves a record whose lists are missing."""
+    content = {path: ''.join(f'{line}\n' for line in lines).encode() for path, lines in lists.items()}
+    written = {path.name: [len(text), hashlib.sha256(text).hexdigest()] for path, text in content.items()}
+    with atomic_write(Path(args.data_path, RECORD), 'w') as file:
+        json.dump(inputs | {'lists': written}, file, indent=1)
+    for path, text in content.items():
+        with atomic_write(path) as file:
+            file.write(text)
+
+
+def remove_lists(args, planned, recorded):
+    """Remove the lists of earlier runs, so that a run that is cut off leaves none that are wrong.
+
+    planned: {path: lines} of the folds' lists to be written; recorded: {name: [size, checksum]} of the
+    lists written last. ValueError names a list that was edited by hand, unless args.overwrite.
+    """
+    known = {*recorded, *(path.name for path in planned), *(f'training_{plane}.txt' for plane in PLANES)}
+    found = sorted(path for path in Path(args.data_path, 'lists').glob('*.txt') if path.name in known)
+    for path in [] if args.overwrite else found:
+        if edited(path, planned, recorded):
+            raise ValueError(f'{path}: edited by hand, or not made by init.py; move it away, or replace it with '
+                             '--overwrite (OVERWRITE=1 in run.sh)')  # fmt: skip
+    for path in found:
+        path.unlink()
+
+
+def edited(path, planned, recorded):
+    """Whether a list is not as recorded; without a record, whether a fold has other cases than planned."""
+    if path.name in recorded:
+        return [path.stat().st_size, checksum(path)] != recorded[path.name]
+    return path in planned and fold_lines(path) != planned[path]
+
+
+def fold_lines(path):
+    """The lines of a fold's list, with paths relative to the data folder; None if it is not a text."""
+    absolute = re.compile(r' \S*/((images|labels)/[^/\s]+\.npy)')  # as the published init.py writes them
+    try:
+        return [absolute.sub(r' \1', line) for line in read_lines(path)]
+    except ValueError:
+        return None
+
+
+def describe_inputs(args, names):
+    """What the lists are made of: the settings, and size and modification time of each case's volumes."""
+    settings = {name: getattr(args, name) for name in ('organ_number', 'folds', 'low_range', 'high_range')}
+    cases = {}
+    for name in names:
+        files = [os.stat(Path(args.data_path, kind, f'{name}.npy')) for kind in ('images', 'labels')]
+        cases[name] = [[file.st_size, file.st_mtime_ns] for file in files]
+    return {'settings': settings | {'is_organ': inspect.getsource(is_organ)}, 'cases': cases}
+
+
+def read_record(data_path):
+    """The record of the last initialization; {} if there is none, or one that cannot be read."""
+    try:
+        record = read_json(Path(data_path, RECORD))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record if isinstance(record.get('lists'), dict) else {}
+
+
+def unchanged(data_path, record, inputs):
+    """Whether the recorded initialization had these inputs, and its slices and lists are still there."""
+    if any(record.get(key) != value for key, value in inputs.items()):
+        return False
+    slices = [f'{kind}_{plane}/{name}' for kind in ('images', 'labels') for plane in PLANES for name in inputs['cases']]
+    lists = [f'lists/{name}' for name in record['lists']]
+    return all(Path(data_path, path).exists() for path in slices + lists)
 
 
 if __name__ == '__main__':

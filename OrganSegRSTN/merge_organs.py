@@ -1,9 +1,10 @@
 """Merge the coarse-to-fine predictions of several organs: one NIfTI a test case, each voxel with its organ's number.
 
-A voxel belongs to the organ of the highest mean probability among those whose last round holds it (where two are equal,
-the one named first). Reads what `coarse2fine_testing.py --probability` has stored of each organ; the arguments are the
-same, but for the list of organs. Writes results/merged_*/*/CASE.nii.gz, on the grid that geometry/CASE.json tells, and
-results.txt: the DSC of each organ after merging.
+A voxel belongs to the organ of the highest mean probability among those whose last round holds it
+(the one named first where two are equal). Reads what `coarse2fine_testing.py --probability` has stored
+of each organ; the arguments are the same, but for the list of organs. Writes
+results/merged_*/*/CASE.nii.gz on the grid of geometry/CASE.json, and results.txt: the DSC of each
+organ after merging.
 """
 
 from argparse import Namespace
@@ -12,66 +13,69 @@ from pathlib import Path
 import numpy as np
 
 from running import arguments, script
-from running.data_folder import PLANES, find_snapshot, read_cases, results_folder, snapshot_name, training_settings
+from running.data_folder import PLANES, read_cases, snapshot_name, training_settings
 from running.files import load_volume
 from running.results import Results, lock_folders, prepare_folder, read_settings, start_without_network
 from scans.nifti import write_on_scan
 from utils import DSC_computation
-from volumes.rounds import finished, folder_name, probability_file, stored_rounds
+from volumes.rounds import finished, folder_name, round_file, rounds_folder, stored_rounds
 
 
 def main():
-    args = arguments.parse(arguments.parser(__doc__, arguments.MERGING, arguments.FUSION_OPTIONAL))
-    made = start_without_network(args, 'merging')
+    args = parse()
+    provenance = start_without_network(args, 'merging')
     tested = {organ: tested_organ(args, organ) for organ in args.organ_IDs}
+    settings = {f'organ {organ} {name}': value for organ in tested for name, value in tested[organ].settings.items()}
     cases = read_cases(args.data_path, 'testing', args.current_fold)
     folder = merged_folder(args)
-    scores = {organ: [] for organ in tested}
-    with lock_folders(folder), Results(folder) as results:
-        prepare_folder(folder, {'organs': [[organ, tested[organ].snapshots] for organ in tested]}, made)
-        for file in [folder / 'results.txt', *folder.glob('*.nii.gz')]:  # of other cases, maybe
-            file.unlink(missing_ok=True)
+    values = {organ: [] for organ in tested}
+    with lock_folders(folder), Results(folder, 'merged') as results:
+        prepare_folder(folder, settings, provenance, args.overwrite)
         results(f'Merging organs {", ".join(map(str, tested))}:')
         for number, case in enumerate(cases, 1):
             results(f'  Testcase {number}:')
             labels = {organ: case.label(args.data_path, organ) for organ in tested}
             merged = merge({organ: last_round(tested[organ], number, labels[organ].shape) for organ in tested})
             write_on_scan(folder / f'{Path(case.image_file).stem}.nii.gz', merged, case, args.data_path)
-            for organ, label in labels.items():
-                score = DSC_computation(label, merged == organ)
+            scores = {organ: DSC_computation(label, merged == organ) for organ, label in labels.items()}
+            results.add_case(number, case, {str(organ): score for organ, score in scores.items()})
+            for organ, score in scores.items():
                 results(f'    DSC of organ {organ} = {score} .')
-                scores[organ].append(score.value)
-        for organ, values in scores.items():
-            results(f'Average DSC of organ {organ} = {results.average(values)[0]} .')
+                values[organ].append(score.value)
+        for organ in tested:
+            results(f'Average DSC of organ {organ} = {results.average(values[organ])[0]} .')
+
+
+def parse():
+    parser = arguments.stage_parser(__doc__, arguments.MERGING, arguments.FUSION_OPTIONAL)
+    arguments.add_overwrite(parser)
+    return arguments.parse(parser)
 
 
 def tested_organ(args, organ):
-    """The arguments with which coarse2fine_testing.py tested an organ, the `folder` of what it stored, and what its
-    run.json tells: stop_DSC, and the checksums of the `snapshots`.
-    """
+    """Return the arguments with which coarse2fine_testing.py tested an organ, with its `folder` and `settings`."""
     args = Namespace(**vars(args) | {'organ_ID': organ})
-    snapshots = [find_snapshot(args, plane, getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
-    args.folder = results_folder(args, 'coarse2fine', folder_name(args, snapshots))
-    settings = read_settings(args.folder / 'run.json') or {}
-    args.stop_DSC = settings['stop_DSC'] if isinstance(settings.get('stop_DSC'), float) else None
-    args.snapshots = settings.get('snapshots')
+    args.folder = rounds_folder(args)
+    args.settings = read_settings(args.folder / 'run.json')
+    stop_DSC = args.settings.get('stop_DSC')
+    args.stop_DSC = stop_DSC if isinstance(stop_DSC, float) else None
     return args
 
 
 def last_round(tested, number, shape):
-    """(mask, mean probability as round(255 p)), (W, H, L) uint8, of the last round of a case of a tested organ."""
+    """Return (mask, probability as round(255 p)), (W, H, L) uint8, of the last round of a case of a tested organ."""
     masks = stored_rounds(tested.folder, number, shape, tested)
-    probability = load_volume(probability_file(tested.folder, number), shape)
+    probability = load_volume(round_file(tested.folder, 'P', number), shape)
     if probability is None or not finished(masks, tested):
         raise FileNotFoundError(
-            f'{tested.folder}: case {number} is not whole; run coarse2fine_testing.py --probability of organ '
+            f'{tested.folder}: case {number} is incomplete; run coarse2fine_testing.py --probability of organ '
             f'{tested.organ_ID} first'
         )
     return masks[-1], probability
 
 
 def merge(found):
-    """Organ numbers (W, H, L) uint8, 0 where there is none, of {organ: (mask, probability)}, both uint8."""
+    """Return organ numbers (W, H, L) uint8, 0 where there is none, of {organ: (mask, probability)}, both uint8."""
     merged, highest = np.zeros((2, *next(iter(found.values()))[0].shape), np.uint8)
     for organ, (mask, probability) in found.items():
         taken = (mask != 0) & ((merged == 0) | (probability > highest))
@@ -80,7 +84,7 @@ def merge(found):
 
 
 def merged_folder(args):
-    """results/merged_1e-5x10,20/FD0:XJ3_1+3,...: named as coarse to fine names an organ's folder, for all of them."""
+    """Return results/merged_1e-5x10,20/FD0:XJ3_1+3,...: named as coarse to fine names the folder of one organ."""
     args = Namespace(**vars(args) | {'organ_ID': '+'.join(map(str, args.organ_IDs))})
     snapshots = [snapshot_name(args, plane, 'J', getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
     return Path(args.data_path, 'results', f'merged_{training_settings(args)}', folder_name(args, snapshots))

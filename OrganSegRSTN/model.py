@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ring
-from running.weights import check_shapes, load_weights
+from running.weights import check_facts, check_shapes, description, load_weights
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 
@@ -66,7 +66,7 @@ class FCN8s(nn.Module):
         return self.upsample(self.score_pool3(pool3), self.score_pool4(pool4), self.score_fr(fc7), x.shape[2:])
 
     def features(self, x):
-        """What the score layers see: pool3 at 1/8, pool4 at 1/16 and fc7 at 1/32 of the padded size; the plain way."""
+        """Return the inputs of the score layers, plainly: pool3 at 1/8, pool4 at 1/16, fc7 at 1/32 of the padded size."""
         pools = []
         for block, convs in enumerate((2, 2, 3, 3, 3)):
             for conv in range(convs):
@@ -90,7 +90,7 @@ def _cut(x, start, size):
 
 
 def bilinear_upsampling(n_class, size):
-    """Weights (n_class, n_class, size, size) of a transposed convolution: bilinear on the diagonal, zero off it."""
+    """Return weights (n_class, n_class, size, size) of a transposed convolution: bilinear on the diagonal, zero off it."""
     factor = (size + 1) // 2
     centre = factor - 1 if size % 2 else factor - 0.5
     line = 1 - (torch.arange(size) - centre).abs() / factor
@@ -103,7 +103,7 @@ class RSTN(nn.Module):
     """Coarse FCN-8s, saliency transformation, fine FCN-8s (section 3.2, equations 2 to 4).
 
     TEST None trains: forward(image, label, mode) -> (coarse probability, fine probability), mode 'S', 'I' or 'J';
-    in I and J with fine_iterations (the paper's T) above 1, as many fine ones, each made from the one before it.
+    in I and J it returns fine_iterations (the paper's T) fine ones, each made from the one before it.
     TEST 'C', 'O' or 'F' tests: forward -> one probability. All are (N, n_class, A, B); image is (N, 3, A, B).
     """
 
@@ -140,17 +140,17 @@ class RSTN(nn.Module):
         return tuple(probabilities)
 
     def coarse(self, image):
-        """Coarse probability of an image."""
+        """Return the coarse probability of an image."""
         return torch.sigmoid(self.coarse_model(image))
 
     def saliency(self, probability):
-        """Saliency map of a probability (equation 3): what the image is multiplied with."""
+        """Return the saliency map of a probability (equation 3), which multiplies the image."""
         return self.saliency2(F.relu(self.saliency1(probability)))
 
     def fine(self, image, mask, empty=1):
-        """Fine probability within the box of `mask` (bool) and its margins; 0 outside.
+        """Return the fine probability inside the box of `mask` (bool) and its margins; 0 outside.
 
-        Where nothing marks a box the image is seen whole, times `empty`.
+        An empty mask has no box: the network sees the whole image times `empty`.
         """
         margins = self.margins()
         boxes = [bounding_box(one, margins) for one in mask]
@@ -164,7 +164,7 @@ class RSTN(nn.Module):
         return torch.sigmoid(uncrop(self.fine_model(crop(image, joint)), joint, image.shape[2:], OUTSIDE))
 
     def margins(self):
-        """Pixels added before and after the box along A, before and after along B."""
+        """Return the pixels to add before and after the box along A, before and after it along B."""
         if self.TEST is not None or random.random() >= self.prob:
             return (self.margin,) * 4
         return tuple(
@@ -174,7 +174,7 @@ class RSTN(nn.Module):
 
 
 def bounding_box(mask, margins):
-    """(a0, a1, b0, b1) of the True pixels of `mask` (C, A, B) over all channels, plus margins; None where empty."""
+    """Return (a0, a1, b0, b1) around the True pixels of `mask` (C, A, B), plus margins; None where it is empty."""
     box = []
     for axis, (before, after) in zip((1, 2), (margins[:2], margins[2:])):
         hits = mask.any(dim=0).any(dim=2 - axis).nonzero()
@@ -185,25 +185,25 @@ def bounding_box(mask, margins):
 
 
 def union(boxes):
-    """The smallest box around all `boxes`."""
+    """Return the smallest box around all `boxes`."""
     a0, a1, b0, b1 = zip(*boxes)
     return min(a0), max(a1), min(b0), max(b1)
 
 
 def crop(image, box):
-    """The part of `image` (..., A, B) inside `box`."""
+    """Return the part of `image` (..., A, B) inside `box`."""
     a0, a1, b0, b1 = box
     return image[..., a0:a1, b0:b1]
 
 
 def uncrop(image, box, size, outside=0.0):
-    """Put a crop back at its `box` in a canvas (..., *size) of `outside`."""
+    """Return a canvas (..., *size) of `outside` with a crop at its `box`."""
     a0, a1, b0, b1 = box
     return F.pad(image, (b0, size[1] - b1, a0, size[0] - a1), value=outside)
 
 
 def _either(mask, label):
-    """`mask` of every sample, or its `label` where that is empty."""
+    """Return the `mask` of every sample, or its `label` where the mask is empty."""
     return torch.where(mask.flatten(1).any(1)[:, None, None, None], mask, label)
 
 
@@ -217,7 +217,7 @@ class DSC_loss(nn.Module):
 
 
 def get_parameters(model, coarse=True, bias=False, parallel=False):
-    """The trained parameters: the coarse network's or (saliency and fine) the others'; weights or biases."""
+    """Yield the trained parameters of the coarse network, or of saliency and fine network; weights or biases."""
     model = model.module if parallel else model
     for name, parameter in model.named_parameters():
         if 'upscore' not in name and name.startswith('coarse_model.') == coarse and name.endswith('.bias') == bias:
@@ -225,9 +225,9 @@ def get_parameters(model, coarse=True, bias=False, parallel=False):
 
 
 def set_precision(model, precision, store=False):
-    """Let every FCN-8s in `model` compute in 'fp32' or 'bf16'; with `store` its weights are kept so, too (in testing).
+    """Make every FCN-8s in `model` compute in 'fp32' or 'bf16'; `store` also converts its weights (for testing).
 
-    The score layers and all that follows them stay in float32, and so do saliency, loss and the optimizer's weights.
+    Score layers, upsampling, saliency and loss stay in float32, and so do the optimizer's weights.
     """
     for net in model.modules():
         if isinstance(net, FCN8s):
@@ -238,22 +238,26 @@ def set_precision(model, precision, store=False):
                         layer.to(net.dtype)
 
 
-def load_RSTN(path, TEST, thickness, crop_margin, device, precision='fp32'):
-    """The RSTN of a snapshot, ready to test: only the networks that TEST uses, of the width of its weights."""
+def load_RSTN(path, TEST, thickness, crop_margin, device, precision='fp32', **facts):
+    """Return the RSTN of a snapshot, ready for testing: only the networks that TEST uses, of the snapshot's width.
+
+    facts: what the training must agree with, see running.weights.FACTS.
+    """
     state = load_weights(path)
+    check_facts(path, description(state), facts | {'slice_thickness': thickness, 'crop_margin': crop_margin})
     if 'coarse_model.conv1_1.weight' not in state or 'saliency1.weight' not in state:
         raise ValueError(f'{path}: not an RSTN snapshot: coarse_model.conv1_1.weight or saliency1.weight is missing')
     width, n_class = len(state['coarse_model.conv1_1.weight']), len(state['saliency1.weight'])
     if n_class != thickness:
         raise ValueError(f'{path}: trained with slice_thickness {n_class}, not {thickness}')
-    with torch.device('meta'):  # no memory and no random numbers for what is loaded anyway
+    with torch.device('meta'):  # no memory and no random numbers: the weights are loaded
         net = RSTN(crop_margin, n_class=n_class, TEST=TEST, width=width)
     for unused in {'C': ['fine_model', 'saliency1', 'saliency2'], 'F': ['coarse_model']}.get(TEST, []):
         delattr(net, unused)
     used = net.state_dict()
     check_shapes(path, state, used)
-    if lost := [key for key in used if not torch.isfinite(state[key].sum())]:
-        raise ValueError(f'{path}: {lost[0]} is not finite: a training that diverged, or a broken file')
+    if lost := [key for key in state if not torch.isfinite(state[key].sum())]:
+        raise ValueError(f'{path}: {lost[0]} is not finite: the training diverged, or the file is damaged')
     net.load_state_dict({key: state[key].float() for key in used}, assign=True)
     set_precision(net, precision, store=True)
     return net.to(device).eval()

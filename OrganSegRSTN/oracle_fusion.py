@@ -1,17 +1,14 @@
-"""Fusion of oracle testing (section 3.3): the three planes' probabilities are added up and voted on.
+"""Fusion of oracle testing (section 3.3): votes of the three planes' probabilities.
 
 Reads the volumes of oracle_testing.py on X, Y and Z; writes results/oracle_testing_*/FD0:fusion:*/.
 """
 
-from running import arguments, script
-from scans import nifti
-from volumes.fusion import fuse
+from running import script
+from volumes.fusion import fuse, parse
 
 
 def main():
-    made = arguments.parser(__doc__, arguments.FUSION, arguments.FUSION_OPTIONAL)
-    nifti.add_option(made)
-    fuse(arguments.parse(made), 'oracle')
+    fuse(parse(__doc__), 'oracle')
 
 
 if __name__ == '__main__':

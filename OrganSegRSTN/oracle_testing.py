@@ -1,18 +1,15 @@
-"""Oracle testing: as coarse testing, but the fine network looks at the box of the label: an upper bound.
+"""Oracle testing: the fine network sees the box of the label, along one plane; an upper bound.
 
-Reads the snapshot of mode J and the labels; writes results/oracle_testing_*/SNAPSHOT/results.txt and volumes/EPOCH_CASE.npz, round(255 p) as uint8.
+Reads the snapshot of mode J and the labels; writes results/oracle_testing_*/SNAPSHOT/results.txt and
+volumes/EPOCH_CASE.npz, round(255 p) as uint8.
 """
 
-from running import arguments, script
-from scans import nifti
-from volumes.testing import evaluate_plane
+from running import script
+from volumes.testing import evaluate_plane, parse
 
 
 def main():
-    made = arguments.parser(__doc__, arguments.TESTING, arguments.TESTING_OPTIONAL)
-    arguments.add_precision(made)
-    nifti.add_option(made)
-    evaluate_plane(arguments.parse(made), 'oracle', 'O')
+    evaluate_plane(parse(__doc__), 'oracle', 'O')
 
 
 if __name__ == '__main__':

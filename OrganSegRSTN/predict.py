@@ -1,14 +1,17 @@
-"""A mask for a new scan (section 3.3, algorithm 1): coarse on three planes, then fine rounds until two agree. Usage:
+"""Predict the mask of a new scan (section 3.3, algorithm 1): coarse on three planes, then fine rounds until two agree.
 
     python predict.py INPUT OUTPUT.nii.gz SNAPSHOT_X SNAPSHOT_Y SNAPSHOT_Z [options]
 
-INPUT is a NIfTI file, or a folder with one DICOM series; OUTPUT a mask on INPUT's own grid (of a DICOM series: columns,
-rows, slices). Several snapshots of a plane, separated by commas, are averaged: x/FD0:XJ3_1.pkl,x/FD1:XJ3_1.pkl.
+INPUT is a NIfTI file, or a folder with one DICOM series. OUTPUT is a mask on INPUT's own grid (of a
+DICOM series: columns, rows, slices). Several snapshots of a plane, separated by commas, are averaged:
+x/FD0:XJ3_1.pkl,x/FD1:XJ3_1.pkl.
 
-A network knows its organ in arrays that lie as in training. INPUT's axes are turned to lie so, and the mask's back.
-How training arrays lie is told by --orientation; else by geometry/ of the data folder that the first snapshot lies in;
-else they are taken to be NIH's: PLI, that is, rows run to the back, columns to the left, slices downwards. INPUT that
-does not say where it lies (no affine, or one of mere spacing) is seen as conversion would store it.
+The snapshots hold intensity window, margin and orientation of their training; options that contradict
+them are refused. For published snapshots, which hold nothing, a line says what is assumed.
+
+A network knows its organ in arrays that lie as in training, so INPUT's axes are turned to lie so, and
+the mask's axes back. INPUT without a position (no affine, or one of mere spacing) is taken as
+conversion would store it.
 """
 
 import argparse
@@ -22,20 +25,20 @@ from typing import NamedTuple
 import nibabel.orientations as axes
 import numpy as np
 
-from model import load_RSTN
 from running import arguments, script
 from running.data_folder import PLANES
 from running.results import start
-from running.weights import load_weights
+from running.weights import description, load_weights
 from scans.dicom import is_slice, modality, read_series, series_folders
 from scans.geometry import PUBLISHED, axis_codes, known, load_geometry
 from scans.nifti import affine_header, grid_header, is_nifti_name, read_nifti_image, write_nifti
 from scans.voxels import intensity_doubts
-from volumes.rounds import agreement, coarse_probability, fine_rounds
-from volumes.testing import predict_volume, to_bytes
+from volumes.rounds import agreement, coarse_to_fine
+from volumes.testing import PlaneSettings, PlaneTester, to_bytes
 
 NIH = 'PLI'
 STORED = 'stored'
+FAR_SPACING = 1.5  # times the training's
 SNAPSHOT = re.compile(r'FD\d+.(?P<plane>[XYZ])(?P<mode>[SIJ])[13]_(?P<organ>\d+)(_\d{8}_\d{6})?\.pkl')
 
 
@@ -44,16 +47,16 @@ def main():
     device, _ = start(args)
     check_outputs(args)
     snapshots = [split_snapshots(getattr(args, f'SNAPSHOT_{plane}')) for plane in PLANES]
-    thickness = check_snapshots(snapshots, args.force)
-    margin = find_margin(snapshots[0][0]) if args.margin is None else args.margin
-    codes = training_orientation(args.orientation, snapshots[0][0])
+    training = check_snapshots(snapshots, args.force)
+    settings = plane_settings(args, training, snapshots[0][0], device)
+    codes = training_orientation(args.orientation, training, snapshots[0][0])
     scan, header = read_input(args.INPUT)
-    for doubt in intensity_doubts(scan.image, args.low_range, args.high_range):
+    for doubt in intensity_doubts(scan.image, *settings.intensity_window):
         print(f'warning: {doubt}')
     there, back = turns(scan.geometry, codes)
+    warn_of_spacing(scan.geometry, there, training.spacing)
     image, scan = np.ascontiguousarray(axes.apply_orientation(scan.image, there)), scan._replace(image=None)
-    look = Look(snapshots, thickness, margin, (args.low_range, args.high_range), device, args.precision)
-    mask, probability = segment(image, look, args.rounds, args.stop_DSC, args.threshold)
+    mask, probability = segment(image, snapshots, settings, args.rounds, args.stop_DSC, args.threshold)
     print_volume(mask, scan.geometry)
     for path, volume in ((args.OUTPUT, mask), (args.probability, probability)):
         if path:
@@ -65,31 +68,33 @@ def main():
 
 
 def parse(argv=None):
-    """The arguments; see the top of this file."""
-    made = arguments.Parser(__doc__)
-    made.add_argument('INPUT', help='NIfTI file, or folder with one DICOM series')
-    made.add_argument('OUTPUT', help='mask to write, .nii.gz or .nii')
+    """Return the arguments; see the top of this file."""
+    parser = arguments.Parser(__doc__)
+    parser.add_argument('INPUT', help='NIfTI file, or folder with one DICOM series')
+    parser.add_argument('OUTPUT', help='mask to write, .nii.gz or .nii')
     for plane in PLANES:
-        made.add_argument(f'SNAPSHOT_{plane}', help=f'snapshot of plane {plane}, or several separated by commas')
+        parser.add_argument(f'SNAPSHOT_{plane}', help=f'snapshot of plane {plane}, or several separated by commas')
     for name, default, kind, text in (
-        ('--low_range', -100, arguments.number(), 'lower end of the intensity window of the training (HU)'),
-        ('--high_range', 240, arguments.number(), 'its upper end'),
         ('--rounds', 10, arguments.whole(0), 'fine rounds at most'),
         ('--stop_DSC', 0.99, arguments.number(0, 1), 'inter-iteration DSC at which two rounds agree'),
         ('--threshold', 0.5, arguments.number(0, 1), 'probability from which a voxel is organ'),
     ):
-        made.add_argument(name, default=default, type=kind, help=f'{text} (default {default})')
-    made.add_argument('--device', '--GPU_ID', dest='GPU_ID', default='0',
-                      help='number of the CUDA device, or cpu (default 0)')  # fmt: skip
-    made.add_argument('--margin', type=arguments.whole(0),
-                      help="pixels around the organ's box (default: what the snapshot's folder is named for, else 20)")  # fmt: skip
-    made.add_argument('--orientation', type=orientation, metavar='WHERE',
-                      help="how training arrays lie: axis codes such as PLI, or a training case's geometry/CASE.json; "
-                      f'{STORED}: do not turn anything')  # fmt: skip
-    made.add_argument('--probability', metavar='FILE', help='write the mean probability, too (float32 .nii.gz)')
-    arguments.add_precision(made)
-    made.add_argument('--force', action='store_true', help='take a snapshot although its name tells another plane')
-    return arguments.parse(made, argv)
+        parser.add_argument(name, default=default, type=kind, help=f'{text} (default {default})')
+    parser.add_argument('--device', '--GPU_ID', dest='GPU_ID', default='0',
+                        help='number of the CUDA device, or cpu (default 0)')  # fmt: skip
+    for name, kind, text in (
+        ('--low_range', arguments.number(), 'lower end of the intensity window of the training (HU)'),
+        ('--high_range', arguments.number(), 'upper end of the intensity window of the training (HU)'),
+        ('--margin', arguments.whole(0), "pixels around the organ's box"),
+    ):
+        parser.add_argument(name, type=kind, help=f'{text} (default: as the snapshots say)')
+    parser.add_argument('--orientation', type=orientation, metavar='WHERE',
+                        help="how training arrays lie: axis codes such as PLI, or a training case's geometry/CASE.json; "
+                        f'{STORED}: do not turn anything (default: as the snapshots say)')  # fmt: skip
+    parser.add_argument('--probability', metavar='FILE', help='write the mean probability, too (float32 .nii.gz)')
+    arguments.add_precision(parser)
+    parser.add_argument('--force', action='store_true', help='take a snapshot although its name is of another plane')
+    return arguments.parse(parser, argv)
 
 
 def orientation(text):
@@ -102,12 +107,17 @@ def orientation(text):
 
 
 def check_outputs(args):
-    """Refuse names that are no NIfTI file's, and to write over INPUT, before any work is done."""
-    outputs = [os.path.abspath(path) for path in (args.OUTPUT, args.probability) if path]
+    """Refuse outputs that are not NIfTI names, cannot be written, or are INPUT itself, before any work is done."""
+    outputs = [Path(path) for path in (args.OUTPUT, args.probability) if path]
     for path in outputs:
         if not is_nifti_name(path):
             raise ValueError(f'{path}: a mask is written as .nii.gz or .nii; name it so')
-    if len({*outputs, os.path.abspath(args.INPUT)}) <= len(outputs):
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f'{path}: cannot be written; name a file in a folder that you can write to')
+    files = [os.path.realpath(path) for path in [args.INPUT, *outputs]]
+    same = any(path.exists() and os.path.samefile(path, args.INPUT) for path in outputs if os.path.exists(args.INPUT))
+    if same or len(set(files)) < len(files):
         raise ValueError(f'{args.OUTPUT}: INPUT, OUTPUT and --probability must be different files')
 
 
@@ -115,58 +125,92 @@ def check_outputs(args):
 
 
 def split_snapshots(text):
-    """The paths in a list separated by commas; the folder of a snapshot has a comma in its name, too."""
-    return [Path(path) for path in re.split(r'(?<=\.pkl),|(?<=\.pth),', text)]
+    """Return the paths in a list separated by commas; the name of a snapshot's folder holds a comma, too."""
+    return [Path(path.strip()) for path in re.split(r'(?<=\.pkl),|(?<=\.pth),', text)]
 
 
-class Kind(NamedTuple):
-    """What all snapshots of a prediction must share; the organ is None where the name does not tell it."""
+class Training(NamedTuple):
+    """What all snapshots of a prediction must share; None where a snapshot does not say it."""
 
     width: int
-    thickness: int
-    organ: str | None
+    slice_thickness: int
+    organ_ID: int | None = None
+    crop_margin: int | None = None
+    intensity_window: list | None = None  # HU
+    orientation: str | None = None  # axis codes of the training arrays; '' where they had no position
+    spacing: list | None = None  # mm
 
 
 def check_snapshots(snapshots, force):
-    """Thickness of the networks in `snapshots` (a list of paths a plane); ValueError where they do not belong together."""
+    """Return the Training of `snapshots` (a list of paths a plane); raise ValueError where they do not belong together."""
     paths = [path for paths in snapshots for path in paths]
-    kinds = [snapshot_kind(path, plane, force) for plane, paths in zip(PLANES, snapshots) for path in paths]
-    for what, values in zip(Kind._fields, zip(*kinds)):
-        told = [(path, value) for path, value in zip(paths, values) if value is not None]
-        for path, value in told:
-            if value != told[0][1]:
-                raise ValueError(f'{path}: of {what} {value}, where {told[0][0]} is of {what} {told[0][1]}')
-    return kinds[0].thickness
+    found = [read_training(path, plane, force) for plane, paths in zip(PLANES, snapshots) for path in paths]
+    shared = {}
+    for what, values in zip(Training._fields, zip(*found)):
+        known_values = [(path, value) for path, value in zip(paths, values) if value is not None]
+        for path, value in known_values:
+            first, usual = known_values[0]
+            if value != usual and what != 'spacing':
+                raise ValueError(f'{path}: has {what} {value}, but {first} has {what} {usual}')
+        shared[what] = known_values[0][1] if known_values else None
+    return Training(**shared)
 
 
-def snapshot_kind(path, plane, force):
-    """The Kind of a snapshot for a plane, from its name and its weights."""
+def read_training(path, plane, force):
+    """Return the Training of a snapshot for a plane, from what it holds and from its name."""
     weights = load_weights(path)
-    name = SNAPSHOT.fullmatch(path.name)
-    if name and name['plane'] != plane and not force:
-        raise ValueError(
-            f'{path}: a snapshot of plane {name["plane"]} where that of plane {plane} belongs (or --force)'
-        )
+    facts, name = description(weights), SNAPSHOT.fullmatch(path.name)
+    own_plane = facts.get('plane') or (name and name['plane'])
+    if own_plane not in (None, plane) and not force:
+        raise ValueError(f'{path}: a snapshot of plane {own_plane} given for plane {plane} (or give --force)')
     if name and name['mode'] != 'J':
         print(f'warning: {path.name} is of mode {name["mode"]}; the training ends with mode J')
     try:
         sizes = len(weights['coarse_model.conv1_1.weight']), len(weights['saliency1.weight'])
     except KeyError as error:
         raise ValueError(f'{path}: not an RSTN snapshot, {error} is missing') from None
-    return Kind(*sizes, name and name['organ'])
+    organ_ID = facts.get('organ_ID', int(name['organ']) if name else None)
+    orientation = facts.get('orientation', '') if facts else None
+    return Training(*sizes, organ_ID, facts.get('crop_margin'), facts.get('intensity_window'), orientation,
+                    facts.get('spacing'))  # fmt: skip
 
 
-def find_margin(snapshot):
-    """The margin that a snapshot was trained with: SIJ_training_1e-5x10,20 is the folder of margin 20."""
-    named = re.fullmatch(r'SIJ_training_.*,(\d+)', snapshot.absolute().parent.name)
-    return int(named[1]) if named else 20
+def plane_settings(args, training, snapshot, device):
+    """Return the PlaneSettings: what the snapshots say; else what is asked; else what is assumed."""
+    low, high = training.intensity_window or (None, None)
+    window = (
+        settle('--low_range', args.low_range, low, -100),
+        settle('--high_range', args.high_range, high, 240),
+    )
+    if window[0] >= window[1]:
+        raise ValueError(f'--high_range {window[1]:g} is not above --low_range {window[0]:g}')
+    margin = settle('--margin', args.margin, training.crop_margin, named_margin(snapshot))
+    return PlaneSettings(window, training.slice_thickness, margin, device, args.precision)
+
+
+def settle(option, asked, trained, assumed):
+    """Return the value of an option: the training's, else the asked one, else the assumed one; print where it is from."""
+    if trained is None:
+        if asked is None:
+            print(f'{option}: the snapshots do not say; assumes {assumed:g}')
+        return assumed if asked is None else asked
+    if asked not in (None, trained):
+        raise ValueError(f'{option} {asked:g}: the snapshots were trained with {trained:g}; leave the option out')
+    print(f'{option}: {trained:g}, as the snapshots say')
+    return trained
+
+
+def named_margin(snapshot):
+    """Return the margin of the training by the name of the snapshot's folder, SIJ_training_1e-5x10,20; else 20."""
+    found = re.fullmatch(r'SIJ_training_.*,(\d+)', snapshot.absolute().parent.name)
+    return int(found[1]) if found else 20
 
 
 # --- the scan and its axes -----------------------------------------------------------------------------------------
 
 
 def read_input(path):
-    """(Scan as conversion stores it, header of a NIfTI file on the input's grid)."""
+    """Return (Scan as conversion stores it, header of a NIfTI file on the input's grid)."""
     if os.path.isdir(path):
         folder = series_folder(path)
         scan = read_series(folder, say=print)
@@ -177,7 +221,7 @@ def read_input(path):
 
 
 def series_folder(path):
-    """The one folder at or below `path` that holds a DICOM series; a line warns where that is not CT."""
+    """Return the one folder at or below `path` that holds a DICOM series; print a warning where it is not CT."""
     folders = [folder for folder, holds_slices in series_folders(path) if holds_slices]
     if len(folders) != 1:
         raise ValueError(f'{path}: {len(folders) or "no"} folders with DICOM slices in it; name the one of the series')
@@ -187,34 +231,54 @@ def series_folder(path):
     return folders[0]
 
 
-def training_orientation(told, snapshot):
-    """Axis codes of the arrays that a snapshot was trained on, or 'stored'; says in a line how that is known."""
-    codes, why = told, 'as asked'
-    if told and told.endswith('.json'):
-        geometry = load_geometry(told)
+def training_orientation(asked, training, snapshot):
+    """Return the axis codes of the arrays that a snapshot was trained on, or 'stored'; print how they are known."""
+    codes, why = asked, 'as asked'
+    if asked and asked.endswith('.json'):
+        geometry = load_geometry(asked)
         if geometry is None:
-            raise FileNotFoundError(f'{told}: no such geometry')
-        codes, why = axis_codes(geometry) or STORED, f'as {told} says'
-    elif not told:
-        *data, models, snapshots, _, _ = ['', '', *snapshot.absolute().parts]
-        folder = Path(*data, 'geometry')
-        files = sorted(folder.glob('*.json')) if (models, snapshots) == ('models', 'snapshots') else []
-        codes, why = NIH, "taken to be as NIH's, see --orientation"
-        if files:
-            found = Counter(axis_codes(load_geometry(file)) or STORED for file in files)
-            codes, count = found.most_common(1)[0]
-            why = f'as {count} of {len(files)} cases in {folder}'
+            raise FileNotFoundError(f'{asked}: no such geometry')
+        codes, why = axis_codes(geometry) or STORED, f'by {asked}'
+    if training.orientation is not None:
+        trained = training.orientation or STORED
+        if codes not in (None, STORED, trained):
+            raise ValueError(f'--orientation {asked}: the snapshots were trained on arrays that lie {trained}')
+        codes, why = (codes, why) if codes else (trained, 'as the snapshots say')
+    elif not asked:
+        codes, why = folder_orientation(snapshot)
     print(f'training arrays: {codes} ({why})')
     return codes
 
 
+def folder_orientation(snapshot):
+    """Return (axis codes, how they are known) by geometry/ of the data folder of a snapshot; else NIH's."""
+    *data, models, snapshots, _, _ = ['', '', *snapshot.absolute().parts]
+    folder = Path(*data, 'geometry')
+    files = sorted(folder.glob('*.json')) if (models, snapshots) == ('models', 'snapshots') else []
+    if not files:
+        return NIH, "assumed to be NIH's, see --orientation"
+    found = Counter(axis_codes(load_geometry(file)) or STORED for file in files)
+    codes, count = found.most_common(1)[0]
+    return codes, f'as {count} of {len(files)} cases in {folder}'
+
+
+def warn_of_spacing(geometry, there, trained):
+    """Print a warning where the voxels of a scan, turned by `there`, are not about as large as in training."""
+    if known(geometry) and trained:
+        order = np.argsort(there[:, 0])  # the scan's axis that becomes axis 0, 1, 2
+        ours = geometry.spacing[order]
+        if max((ours / trained).max(), (trained / ours).max()) > FAR_SPACING:
+            text, usual = (' x '.join(f'{size:.3g}' for size in sizes) for sizes in (ours, trained))
+            print(f'warning: voxels of {text} mm, but the networks were trained on {usual} mm')
+
+
 def turns(geometry, codes):
-    """nibabel orientations that turn an array of this Geometry to lie as `codes` say, and back."""
+    """Return the nibabel orientations that turn an array of this Geometry to lie as `codes`, and back."""
     ours = axis_codes(geometry)
     if codes == STORED:
         print('input: its axes are taken as conversion stores them')
     elif not ours:
-        print('input: it does not say how it lies: its axes are taken as conversion stores them, transpose(1, 0, 2)')
+        print('input: has no position: its axes are taken as conversion stores them, transpose(1, 0, 2)')
     else:
         print(f'input: lies {ours} as stored, {"turned" if ours != codes else "not turned"}')
     if codes == STORED or not ours:
@@ -226,65 +290,39 @@ def turns(geometry, codes):
 # --- the prediction ------------------------------------------------------------------------------------------------
 
 
-class Look:
-    """The networks of three planes. Only those in use are in memory: of one snapshot a plane the fine ones stay,
-    of several each is read when its turn comes.
+def segment(image, snapshots, settings, rounds, stop_DSC, threshold):
+    """Return (mask uint8, probability float32) of `image` (W, H, L) HU after the last round that was needed.
+
+    snapshots: a list of paths for each plane; settings: PlaneSettings.
     """
-
-    def __init__(self, snapshots, thickness, margin, window, device, precision):
-        self.snapshots, self.thickness, self.margin = snapshots, thickness, margin
-        self.window, self.device, self.precision = window, device, precision
-        self.kept = {}
-
-    def coarse(self, image):
-        """Coarse probability of `image` (W, H, L) HU, stored and averaged as coarse testing does."""
-        planes = [to_bytes(self.plane('C', i, image)) for i in range(len(PLANES))]
-        self.kept.clear()
-        return coarse_probability(planes)
-
-    def predict(self, image, score, mask):
-        """Fine probability, given that of the previous round and its mask."""
-        planes = [self.plane('F', i, image, score=score, mask=mask) for i in range(len(PLANES))]
-        return sum(planes) / np.float32(len(planes))
-
-    def plane(self, TEST, i, image, **volumes):
-        """Mean probability of a plane's networks."""
-        paths = self.snapshots[i]
-        total = 0
-        for path in paths:
-            net = self.kept.get(i) or load_RSTN(path, TEST, self.thickness, self.margin, self.device, self.precision)
-            if len(paths) == 1:
-                self.kept[i] = net
-            total = total + predict_volume(net, image, PLANES[i], self.window, self.thickness, self.device, **volumes)
-        return total / np.float32(len(paths))
-
-
-def segment(image, look, rounds, stop_DSC, threshold):
-    """(mask uint8, probability float32) of `image` (W, H, L) HU after the last round that was needed."""
-    start = time.time()
-    score = look.coarse(image)
-    mask = (score >= threshold).astype(np.uint8)
-    print(f'coarse: {np.count_nonzero(mask)} voxels, {time.time() - start:.1f} s', flush=True)
-    done, start = 0, time.time()
-    looks = fine_rounds([look], image, score, mask, threshold, organ_ID=1)
-    for done, (probability, after) in zip(range(1, rounds + 1), looks):
-        inter, mask, score = agreement(mask, after), after, probability
-        print(f'round {done}: {inter.pred} voxels, inter-iteration DSC = {inter.value:.4f}, '
-              f'{time.time() - start:.1f} s', flush=True)  # fmt: skip
-        if inter.value >= stop_DSC:
+    begin = time.time()
+    coarse, fine = (
+        [PlaneTester(plane, paths, TEST, settings) for plane, paths in zip(PLANES, snapshots)] for TEST in 'CF'
+    )
+    volumes = []
+    for tester in coarse:
+        volumes.append(to_bytes(tester.predict(image)))
+        tester.release()
+    before = None
+    for done, (mask, probability) in enumerate(coarse_to_fine(volumes, fine, image, threshold, organ_ID=1)):
+        voxels, seconds = np.count_nonzero(mask), time.time() - begin
+        if before is None:
+            print(f'coarse: {voxels} voxels, {seconds:.1f} s', flush=True)
+        else:
+            inter = agreement(before, mask).value
+            print(f'round {done}: {voxels} voxels, inter-iteration DSC = {inter:.4f}, {seconds:.1f} s', flush=True)
+        if done == rounds or (before is not None and inter >= stop_DSC):
             break
-        start = time.time()
+        before, begin = mask, time.time()
     print(f'rounds used: {done}')
-    return mask, score
+    return mask, probability
 
 
 def print_volume(mask, geometry):
-    """Say how large the organ is, and warn where there is none."""
+    """Print the size of the organ, and a warning where there is none."""
     voxels = np.count_nonzero(mask)
     if not voxels:
-        print(
-            'warning: nothing found, the mask is empty; is it a scan like those of the training, and turned like them?'
-        )
+        print('warning: nothing found, the mask is empty; does the scan look, and lie, like those of the training?')
     ml = abs(np.linalg.det(geometry.affine[:3, :3])) / 1000 * voxels if known(geometry) else None
     print(f'volume: {voxels} voxels, ' + ('of unknown size' if ml is None else f'{ml:.1f} ml'))
 

@@ -1,8 +1,8 @@
-"""An FCN-8s to start training from (the published one's PASCAL VOC weights are no longer to be had).
+"""Make an FCN-8s to start training from.
 
 Trains one on the fold's own training slices of all three planes (Kaiming start, Adam) and writes
-models/pretrained/fcn8s_FD{fold}_{organ}.pth; or converts (--convert) the weights that a user has: fcn8s_from_caffe.pth,
-taken over as it is, or torchvision's vgg16-*.pth, written as fcn8s_from_vgg16.pth.
+models/pretrained/fcn8s_FD{fold}_{organ}.pth. Or converts (--convert FILE) weights: the published
+pipeline's fcn8s_from_caffe.pth is copied, torchvision's vgg16-*.pth becomes fcn8s_from_vgg16.pth.
 """
 
 import random
@@ -11,55 +11,54 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import ConcatDataset
 
-from Data import load_slices
+from Data import load_slices, training_facts
 from model import FCN8s, bounding_box, crop, set_precision
-from running import arguments, checkpoint, script
-from running.checkpoint import list_checksums, seed_everything
-from running.data_folder import PLANES, pretrained_folder, pretrained_name, read_cases
+from running import arguments, script
+from running.checkpoint import Run, list_checksums, seed_everything
+from running.data_folder import PLANES, pretrained_folder, pretrained_name
 from running.files import atomic_write, locked
 from running.results import start
-from running.weights import load_weights
+from running.weights import check_shapes, describe, load_weights
 
 POSITIONALS = [*arguments.TRAINING[:8], 'GPU_ID', 'epochs']
-VGG16_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # where they stand in torchvision's `features`
+VGG16_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # their places in torchvision's `features`
 SCORE_LAYERS = ('score_', 'upscore')
 
 
 def main():
-    made = arguments.parser(__doc__, POSITIONALS)
-    made.add_argument('--width', type=arguments.whole(3), default=64, help="the first layer's channels (default 64)")
-    made.add_argument(
-        '--learning_rate',
-        type=arguments.number(0),
-        default=2e-4,
-        help="Adam's rate, falling to 0 along a cosine (default 2e-4)",
-    )
-    made.add_argument('--convert', metavar='FILE', help='convert these weights instead of training')
-    made.add_argument('--crop_margin', type=arguments.whole(0), default=20, help='as in training.py (default 20)')
-    arguments.add_training(made)
-    checkpoint.add_options(made)
-    args = arguments.parse(made)
+    args = parse()
     device, _ = start(args)
     if args.convert:
         name, state = convert(load_weights(args.convert), args.convert)
         write(pretrained_folder(args) / name, state)
         return
     path = pretrained_folder(args) / pretrained_name(args)
-    run = checkpoint.Run(path.with_suffix('.ckpt'), args, **list_checksums(args, PLANES))
+    run = Run(path.with_suffix('.ckpt'), args, **list_checksums(args, PLANES))
     with locked(path.with_name(f'.{path.stem}.lock'), f'.{path.stem}.*.part'):
         write(path, pretrain(args, run, device))
         run.path.unlink(missing_ok=True)
 
 
+def parse():
+    parser = arguments.stage_parser(__doc__, POSITIONALS)
+    parser.add_argument('--width', type=arguments.whole(3), default=64, help='channels of the first layer (default 64)')
+    parser.add_argument('--learning_rate', type=arguments.number(0), default=2e-4,
+                        help="Adam's rate, falling to 0 along a cosine (default 2e-4)")  # fmt: skip
+    parser.add_argument('--convert', metavar='FILE', help='convert these weights instead of training')
+    parser.add_argument('--crop_margin', type=arguments.whole(0), default=20, help='as in training.py (default 20)')
+    arguments.add_training(parser)
+    return arguments.parse(parser)
+
+
 def write(path, state):
-    """Save the weights; the file appears when it is complete."""
+    """Save the weights."""
     with atomic_write(path) as file:
         torch.save(state, file)
     print(f'written: {path}')
 
 
 def convert(weights, path):
-    """(file name, FCN-8s state dict) of the Caffe model's PyTorch port, as it is, or of torchvision's VGG-16."""
+    """Return (file name, FCN-8s state dict) of the Caffe model's PyTorch port, as it is, or of torchvision's VGG-16."""
     with torch.device('meta'):
         expected = FCN8s(n_class=21).state_dict()
     if 'features.0.weight' in weights:
@@ -67,16 +66,17 @@ def convert(weights, path):
         expected = {key: tensor for key, tensor in expected.items() if not key.startswith(SCORE_LAYERS)}
     else:
         name = 'fcn8s_from_caffe.pth'
-    for key, tensor in expected.items():
-        if key not in weights or weights[key].shape != tensor.shape:
-            found = tuple(weights[key].shape) if key in weights else 'missing'
-            raise ValueError(f'{path}: {key} is {found}, expected {tuple(tensor.shape)}: neither fcn8s_from_caffe.pth '
-                             "nor torchvision's VGG-16 (without batch norm)")  # fmt: skip
+    try:
+        check_shapes(path, weights, expected)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: neither fcn8s_from_caffe.pth nor torchvision's VGG-16 (without batch norm)"
+        ) from None
     return name, weights
 
 
 def from_vgg16(weights, expected):
-    """torchvision's VGG-16 under the FCN-8s' names: features become conv1_1 ... conv5_3, classifier 0 and 3 fc6, fc7."""
+    """Return torchvision's VGG-16 as FCN-8s: features become conv1_1 ... conv5_3, classifier 0 and 3 fc6 and fc7."""
     layers = [key.removesuffix('.weight') for key in expected if key.startswith('conv') and key.endswith('.weight')]
     sources = dict(zip(layers, (f'features.{i}' for i in VGG16_CONVOLUTIONS)))
     sources |= {'fc6': 'classifier.0', 'fc7': 'classifier.3'}
@@ -89,24 +89,25 @@ def from_vgg16(weights, expected):
 
 
 def as_shaped(tensor, shape):
-    """A fully connected layer's weights as a convolution's; what does not fit is left for the check to name."""
+    """Return a fully connected layer's weights as a convolution's; leave what does not fit for check_shapes to name."""
     return tensor.reshape(shape) if tensor.numel() == shape.numel() else tensor
 
 
 def pretrain(args, run, device):
-    """Train an FCN-8s on the slices of the fold's training cases, X, Y and Z mixed; -> its state dict.
+    """Train an FCN-8s on the slices of the fold's training cases, X, Y and Z mixed; return its state dict.
 
-    It is to start the coarse and the fine network: a third of its samples are active slices cropped around the organ, a
-    third active slices as they are, a third any slices.
+    It starts the coarse and the fine network: a third of its samples are active slices cropped around
+    the organ, a third active slices as they are, a third any slices.
     """
     seed_everything(args.seed)
     active = ConcatDataset([load_slices(args, plane) for plane in PLANES])
+    facts = training_facts(args)
     args.slice_threshold = 0  # all slices
     whole = ConcatDataset([load_slices(args, plane) for plane in PLANES])
     state = run.load() if args.resume else None
     if state is None:
         run.path.unlink(missing_ok=True)
-        run.log(f'{args.current_fold} {len(active)}')
+        print(f'{args.current_fold} {len(active)}', flush=True)
     model = FCN8s(args.slice_thickness, args.width).to(device).train()
     set_precision(model, args.precision)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, fused=True)
@@ -117,18 +118,15 @@ def pretrain(args, run, device):
             image, label = vary(sample, index % 3, whole, args.crop_margin)
             run.losses.add(pretrain_step(model, optimizer, image.to(device), label.to(device)))
             rates.step()
-        run.log(f'{args.current_fold} Epoch[{epoch + 1}/{args.epochs}], Dice Loss {run.losses.mean[0]:.4f}, '
-                f'Time elapsed {run.losses.elapsed:.2f}s')  # fmt: skip
-    state = model.state_dict()
-    cases = read_cases(args.data_path, 'training', args.current_fold)
-    state._metadata['trained_on'] = {'organ_ID': args.organ_ID, 'cases': [case.image_file for case in cases]}
-    return state
+        print(f'{args.current_fold} Epoch[{epoch + 1}/{args.epochs}], Dice Loss {run.losses.mean[0]:.4f}, '
+                f'Time elapsed {run.losses.elapsed:.2f}s', flush=True)  # fmt: skip
+    return describe(model.state_dict(), **facts)
 
 
 def vary(sample, kind, whole, crop_margin):
-    """(image, label), each (1, C, A, B): the active slice of kind 0; kind 1: cropped; kind 2: any slice instead.
+    """Return (image, label), each (1, C, A, B): the active slice (kind 0), a crop of it (1), or any slice (2).
 
-    A crop has, on each side, a margin from 0 to twice `crop_margin`.
+    A crop has a margin from 0 to twice `crop_margin` on each side.
     """
     image, label = sample
     if kind == 1:
@@ -140,9 +138,9 @@ def vary(sample, kind, whole, crop_margin):
 
 
 def pretrain_step(model, optimizer, image, label):
-    """One Adam step on soft Dice plus cross-entropy (the latter gets a Kaiming start going); -> (Dice loss,).
+    """Take one Adam step on soft Dice plus cross-entropy, without which a Kaiming start does not learn.
 
-    The Dice loss is smoothed by 1 % of the pixels, so that slices without the organ teach as well.
+    Return (Dice loss,). It is smoothed by 1 % of the pixels, so that slices without the organ have a gradient.
     """
     logits = model(image)
     probability, smooth = torch.sigmoid(logits), 0.01 * label.numel()

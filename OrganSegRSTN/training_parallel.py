@@ -1,24 +1,37 @@
 """Training on several GPUs, or several machines: training.py with a batch of as many slices as there are processes.
 
-Takes training.py's arguments, and writes what it writes. torchrun starts a process a GPU; GPU_ID lists those of a machine:
+Takes training.py's arguments, and writes what it writes. torchrun starts a process a GPU; GPU_ID lists
+those of a machine:
 
     torchrun --standalone --nproc_per_node 4 training_parallel.py DATA_PATH ... 0,1,2,3 ...
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 training_parallel.py ...
 
-Every process takes one slice of the batch and crops it for itself, the gradients are averaged, and rank 0 logs the batch's
-mean losses and saves. An incomplete last batch is dropped.
+Every process crops one slice of the batch for itself, the gradients are averaged, and rank 0 logs the
+batch's mean losses and saves. An incomplete last batch is dropped.
 """
+
+import os
+import shlex
+import sys
 
 from torch.nn.parallel import DistributedDataParallel
 
 import training
-from running import processes, script
+from running import arguments, processes, script
+
+
+def main():
+    place = arguments.TRAINING.index('GPU_ID') + 1
+    if 'RANK' not in os.environ and len(sys.argv) > place:
+        count = len(sys.argv[place].split(','))
+        command = shlex.join(['torchrun', '--standalone', '--nproc_per_node', str(count), *sys.argv])
+        raise ValueError(f'needs torchrun, which starts its processes; type: {command}')
+    training.main(distribute)
 
 
 def distribute(model, device):
-    """The model, whose gradients are averaged over all processes in every step."""
+    """Return the model, whose gradients are averaged over all processes in every step."""
     if processes.world_size() == 1:
-        print('one process: torchrun starts several, see --help')
         return model
     # the saliency layers have no gradient in mode S
     return DistributedDataParallel(
@@ -30,4 +43,4 @@ def distribute(model, device):
 
 
 if __name__ == '__main__':
-    script.run(lambda: training.main(distribute))
+    script.run(main)

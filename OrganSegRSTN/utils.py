@@ -1,22 +1,24 @@
-"""Names of files and folders, folds, intensities, Dice and post-processing: what every stage shares, without torch."""
+"""What users of the published pipeline import: organ rule, folds, intensities, Dice and post-processing."""
 
+import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 try:
     import fast_functions
-except ImportError:
-    fast_functions = None
+except Exception as error:  # a module of another Python or platform fails in other ways than ImportError
+    fast_functions, _reason = None, error
 
 
 def is_organ(label, organ_ID):
-    """Where `label` (any shape) shows the organ, as bool. Redefine it here, once, for overlapping organs."""
+    """Return where `label` (any shape) shows the organ, as bool. Redefine it here, once, for overlapping organs."""
     return label == organ_ID
 
 
 def in_training_set(total_samples, i, folds, current_fold):
-    """Whether case `i` (from 0) trains fold `current_fold`; the last total % folds folds test one case more."""
+    """Return whether case `i` (from 0) trains fold `current_fold`; the last total % folds folds test one more case."""
     size, extra = divmod(total_samples, folds)
 
     def start(fold):
@@ -26,7 +28,7 @@ def in_training_set(total_samples, i, folds, current_fold):
 
 
 def to_unit(image, low_range, high_range):
-    """Intensities clipped to [low_range, high_range] and scaled to [0, 1], float32, same shape."""
+    """Return intensities clipped to [low_range, high_range] and scaled to [0, 1], float32, same shape."""
     unit = np.clip(image, low_range, high_range).astype(np.float32)
     unit -= np.float32(low_range)
     unit /= np.float32(high_range - low_range)
@@ -46,9 +48,9 @@ class Dice(NamedTuple):
 
 
 def DSC_computation(label, pred):
-    """Dice of two masks of one shape (bool or uint8, nonzero is organ): (DSC, intersection, pred sum, label sum).
+    """Return Dice of two masks of one shape (nonzero is organ): (DSC, intersection, pred sum, label sum).
 
-    DSC is nan where both are empty: it is undefined there.
+    DSC is undefined, nan, where both are empty.
     """
     if label.shape != pred.shape:
         raise ValueError(f'label of shape {label.shape} and prediction of shape {pred.shape} cannot be compared')
@@ -68,13 +70,13 @@ def DSC_computation(label, pred):
 def post_processing(F, S, threshold, organ_ID):
     """Keep the 6-connected components of F of at least `threshold` times the largest one's size.
 
-    F: mask (W, H, L), changed in place where it is a writable uint8 array, and returned; S: seed volume of F's shape,
-    without effect, as in the published C++; organ_ID: unused, kept for users' scripts. F comes back unchanged where
-    it is empty or at least half full.
+    F: mask (W, H, L), changed in place if it is a writable uint8 array, and returned; unchanged where it
+    is empty or at least half full. S: seed volume of F's shape, without effect, as in the published
+    C++. organ_ID: not used, kept for users' scripts.
     """
     F, S = np.require(F, np.uint8, ['C', 'W']), np.asarray(S)
     if fast_functions:
-        seed = S if S.dtype in (bool, np.uint8) else S != 0  # a copy would take longer than all the rest
+        seed = S if S.dtype in (bool, np.uint8) else S != 0  # a copy would take longer than the rest
         fast_functions.post_processing(F, seed, threshold, False)
     else:
         _say_slower()
@@ -83,7 +85,7 @@ def post_processing(F, S, threshold, organ_ID):
 
 
 def _post_processing_scipy(F, S, threshold, top2=False):
-    """fast_functions.post_processing in scipy; the same results, slower."""
+    """Do what fast_functions.post_processing does, with scipy: same results, slower."""
     from scipy import ndimage
 
     if np.shape(S) != F.shape:
@@ -98,11 +100,9 @@ def _post_processing_scipy(F, S, threshold, top2=False):
     F[(sizes < threshold * reference)[components]] = 0
 
 
-_said_slower = False
-
-
+@functools.cache
 def _say_slower():
-    global _said_slower
-    if not _said_slower:
-        print('fast_functions is not built: scipy does its work, slower (pip install ./SWIG_fast_functions)')
-    _said_slower = True
+    cure = 'pip install ./SWIG_fast_functions'
+    if (stray := Path(__file__).with_name('fast_functions.py')).exists():
+        cure = f'remove {stray} and _fast_functions.so beside it, which a build by hand left there, or build anew'
+    print(f'fast_functions cannot be imported ({_reason}): scipy does its work, slower ({cure})')

@@ -28,11 +28,11 @@ TITLES = {'X': 'X (coronal)', 'Y': 'Y (sagittal)', 'Z': 'Z (axial)'}
 
 
 def main():
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument('data_path')
-    made.add_argument('folder')
-    made.add_argument('number', type=int, nargs='?', default=1)
-    args = made.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data_path')
+    parser.add_argument('folder')
+    parser.add_argument('number', type=int, nargs='?', default=1)
+    args = parser.parse_args()
     case = read_cases(args.data_path, 'testing', 0)[args.number - 1]
     image, label = case.image(args.data_path), case.label(args.data_path, 1)
     volumes = Path(args.folder, 'volumes')

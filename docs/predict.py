@@ -25,10 +25,10 @@ VIEWS = ('sagittal', 'coronal', 'axial')
 
 
 def main():
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument('INPUT')
-    made.add_argument('MASK')
-    args = made.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('INPUT')
+    parser.add_argument('MASK')
+    args = parser.parse_args()
     scan, _ = read_input(args.INPUT)
     mask = np.asarray(nib.load(args.MASK).dataobj).transpose(1, 0, 2) > 0  # as the scan is stored
     draw(scan.image, mask, scan.geometry)

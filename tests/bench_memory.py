@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-import measured
+import process_memory
 import torch
 
 from model import FCN8s
@@ -14,11 +14,11 @@ def coarse_testing(quick):
     shape, width = ((40, 32, 6), 4) if quick else ((512, 512, 240), 64)
     with tempfile.TemporaryDirectory(prefix='bench_') as folder:
         data = Path(folder)
-        measured.write_cases(data, [shape])
-        measured.write_snapshots(data, width)
+        process_memory.write_cases(data, [shape])
+        process_memory.write_snapshots(data, width)
         (data / 'lists').mkdir()
         (data / 'lists' / 'testing_FD0.txt').write_text('0 images/0001.npy labels/0001.npy\n')
-        return measured.run('coarse_testing.py', *measured.testing_args(data, 'Z')).peak
+        return process_memory.run('coarse_testing.py', *process_memory.testing_args(data, 'Z')).peak
 
 
 def training(quick):
@@ -26,10 +26,10 @@ def training(quick):
     shape, width = ((24, 24, 8), 4) if quick else ((96, 96, 8), 64)
     with tempfile.TemporaryDirectory(prefix='bench_') as folder:
         data = Path(folder)
-        measured.write_cases(data, [shape] * 2)
-        measured.run('init.py', data, 1, 2, -100, 240)
+        process_memory.write_cases(data, [shape] * 2)
+        process_memory.run('init.py', data, 1, 2, -100, 240)
         pretrained = data / 'models' / 'pretrained' / 'fcn8s_from_caffe.pth'
         pretrained.parent.mkdir(parents=True)
         torch.save(FCN8s(3, width).state_dict(), pretrained)
-        settings = [*measured.BEGIN, 'Z', 'cpu', *measured.RATES, 0.5, 1, *measured.EPOCHS, '_']
-        return measured.run('training.py', data, *settings).peak
+        settings = [*process_memory.BEGIN, 'Z', 'cpu', *process_memory.RATES, 0.5, 1, *process_memory.EPOCHS, '_']
+        return process_memory.run('training.py', data, *settings).peak

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import measured
+import process_memory
 
 SHAPE = (14, 16, 7)  # voxels of a case
 WIDTH, ROUNDS = 4, 2
@@ -45,11 +45,11 @@ def soak(cases):
     found = {}
     with tempfile.TemporaryDirectory(prefix='soak_') as folder:
         data = Path(folder)
-        measured.write_cases(data, [SHAPE] * cases)
-        measured.write_snapshots(data, WIDTH)
-        for stage, script, arguments, files in measured.stages(data, ROUNDS):
+        process_memory.write_cases(data, [SHAPE] * cases)
+        process_memory.write_snapshots(data, WIDTH)
+        for stage, script, arguments, files in process_memory.stages(data, ROUNDS):
             looks = Looks(files)
-            run = measured.run(script, *arguments, watch=looks)
+            run = process_memory.run(script, *arguments, watch=looks)
             found[stage] = {'seconds': run.seconds, 'peak': run.peak, **growth(stage, looks.seen, cases)}
     return found
 
@@ -62,7 +62,7 @@ class Looks:
 
     def __call__(self, pid):
         done = sum(1 for _ in Path('/').glob(str(self.files.relative_to('/'))))
-        memory = measured.held_memory(pid, 'VmRSS')
+        memory = process_memory.held_memory(pid, 'VmRSS')
         try:
             opened = len(os.listdir(f'/proc/{pid}/fd'))
         except OSError:  # it has just ended

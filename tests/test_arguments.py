@@ -108,13 +108,13 @@ def test_a_wrong_value_ends_with_2_and_is_named(place, value, name, call):
 
 
 def test_unused_and_extra_trailing_arguments_are_accepted():
-    made = arguments.parser('', arguments.TESTING, arguments.TESTING_OPTIONAL)
+    made = arguments.stage_parser('', arguments.TESTING, arguments.TESTING_OPTIONAL)
     args = arguments.parse(made, [*map(str, training_args('data')), '20261123_000000', 'one', 'more'])
     assert (args.timestamp1, args.timestamp2) == ('_', '20261123_000000')
 
 
 def test_options_stand_before_or_after_the_positionals():
-    made = arguments.parser('', arguments.TRAINING)
+    made = arguments.stage_parser('', arguments.TRAINING)
     arguments.add_training(made)
     positionals = list(map(str, training_args('data')))
     assert arguments.parse(made, ['--seed', '3', *positionals]).seed == 3
@@ -123,12 +123,12 @@ def test_options_stand_before_or_after_the_positionals():
 
 @pytest.mark.parametrize('low', ['-100', '-100.5', '-1e2'])
 def test_negative_numbers_are_numbers_and_not_options(low):
-    made = arguments.parser('', 'data_path organ_number folds low_range high_range'.split())
+    made = arguments.stage_parser('', 'data_path organ_number folds low_range high_range'.split())
     assert arguments.parse(made, ['data', '1', '4', low, '240']).low_range == float(low)
 
 
 def test_rates_are_kept_as_typed():
-    made = arguments.parser('', arguments.TRAINING)
+    made = arguments.stage_parser('', arguments.TRAINING)
     args = arguments.parse(made, list(map(str, training_args('data'))))
     assert (args.learning_rate1, args.learning_rate_m1) == ('1e-5', '10')
 

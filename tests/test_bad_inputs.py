@@ -49,8 +49,8 @@ def saved(array, save=np.save):
 ARRAYS = {
     'an empty file': (b'', 'not a readable .npy array'),
     'text': (b'text', 'not a readable .npy array'),
-    'a header alone': (saved(np.zeros((3, 4, 5)))[:128], 'more than the file holds; is it truncated?'),
-    'the last voxel cut off': (saved(np.zeros((3, 4, 5)))[:-1], 'more than the file holds; is it truncated?'),
+    'a header alone': (saved(np.zeros((3, 4, 5)))[:128], 'more than the file holds: it is truncated'),
+    'the last voxel cut off': (saved(np.zeros((3, 4, 5)))[:-1], 'more than the file holds: it is truncated'),
     'a shape that no scan has': (claiming('(100000, 100000, 100000)'), 'which no scan has'),
     'a shape whose product overflows': (claiming('(4294967296, 4294967296, 4)'), 'which no scan has'),
     'more than it holds': (claiming('(1024, 1024, 1024)'), 'more than the file holds'),
@@ -60,7 +60,7 @@ ARRAYS = {
     'a header nested without end': (npy_bytes('-' * 9000 + '1\n'), 'its header cannot be read'),
     'a header that calls': (npy_bytes("__import__('os').abort()\n"), 'its header cannot be read'),
     'a header of 4 GB': (b'\x93NUMPY\2\0' + b'\xff' * 4 + b' ' * 200, 'its header cannot be read'),
-    'a version to come': (npy_bytes('{}', version=b'\7\0'), 'of .npy version (7, 0)'),
+    'a version to come': (npy_bytes('{}', version=b'\7\0'), 'its .npy version (7, 0) is not'),
     'objects': (saved(np.array([{}])), 'it holds object, not numbers'),
     'a pickle of objects': (claiming('(1,)', "'|O'"), 'it holds object, not numbers'),
     'words': (saved(np.full((3, 4, 5), 'organ')), 'it holds <U5, not numbers'),
@@ -163,7 +163,7 @@ def test_a_bad_volume(what, to_fuse, data, call, spare):
     done = call('coarse_fusion.py', *fusion_args(data))
     assert refused(done, f'{to_fuse}: no such volume, or not a whole one; test this plane and fold first')
     said = [text for text in done.out.splitlines() if text.startswith(f'{to_fuse}: not a whole .npz')]
-    assert len(said) == 1 and line in said[0] and said[0].endswith('; made again where it can be'), done.out
+    assert len(said) == 1 and line in said[0] and said[0].endswith('; it will be made again if possible'), done.out
 
 
 def test_good_volumes_are_fused(to_fuse, data, call):
@@ -181,12 +181,11 @@ CASES = {
         'is not `case image_file label_file`',
     ),
     'a case of 5000 digits': (b'9' * 5000 + b' a b\n', '... (5004 characters) is not `case'),
-    'a line without end': (b'0 ' + b'a' * 70000 + b' b\n', 'line 1 is not text, or longer than any list has'),
+    'a line without end': (b'0 ' + b'a' * 70000 + b' b\n', 'line 1 is not text, or longer than a list line can be'),
     'zero bytes': (b'0 images/0001.npy\0 labels/0001.npy\n', 'line 1 is not text'),
     'other bytes than UTF-8': (b'0 images/\xff.npy labels/\xff.npy\n', "codec can't decode byte 0xff"),
     'a picture': (b'\x89PNG\r\n\x1a\n' + bytes(range(256)), 'not a list'),
-    'a case too few': (b'0 images/0001.npy labels/0001.npy\n', 'it does not hold every case from 0 once'),
-    'a case twice': (b'0 images/0001.npy labels/0001.npy\n' * 2, 'it does not hold every case from 0 once'),
+    'a case twice': (b'0 images/0001.npy labels/0001.npy\n' * 2, 'holds case 0 twice'),
     'a missing label': (
         b'0 images/0001.npy labels/none.npy\n1 images/0002.npy labels/0002.npy\n',
         'labels/none.npy: no such file',
@@ -207,12 +206,12 @@ def test_a_bad_list_of_cases(what, to_fuse, data, call):
 
 def test_a_sparse_list_of_a_terabyte(to_fuse, data, call, spare):
     os.truncate(data / 'lists/testing_FD0.txt', 10**12)
-    assert refused(call('coarse_fusion.py', *fusion_args(data)), 'is not text, or longer than any list has')
+    assert refused(call('coarse_fusion.py', *fusion_args(data)), 'is not text, or longer than a list line can be')
 
 
 SLICES = {
     'no line': (b'', 'holds no slice; run init.py again'),
-    'an empty line': (b'\n', "'' is not a slice of a list"),
+    'an empty line': (b'\n', 'holds no slice; run init.py again'),
     'a number too few': (b'2 0 images_Z/a.npy labels_Z/a.npy 0.5 1 0 1 0\n', 'is not a slice of a list'),
     'a number in words': (b'2 0 images_Z/a.npy labels_Z/a.npy 0.5 1 0 1 0 one\n', 'is not a slice of a list'),
     'a negative count': (b'2 0 images_Z/a.npy labels_Z/a.npy 0.5 -1 0 1 0 1\n', 'is not a slice of a list'),
@@ -226,7 +225,10 @@ SLICES = {
         b''.join(b'0 %d images_Z/a.npy labels_Z/a.npy 0.5 9 0 1 0 1\n' % j for j in (0, 2)),
         'slice 2 of case 0 is out of place',
     ),
-    'a case too few': (b'0 0 images_Z/a.npy labels_Z/a.npy 0.5 9 0 1 0 1\n', 'is not the last of 4 cases'),
+    'a case too few': (
+        b'0 0 images_Z/a.npy labels_Z/a.npy 0.5 9 0 1 0 1\n',
+        'ends with slice 0 of case 0, but there are more',
+    ),
     'fewer organs': (b'0 0 images_Z/a.npy labels_Z/a.npy 0.5 9 0 1 0 1\n', 'holds no organ 2; run init.py'),
 }
 
@@ -296,21 +298,21 @@ SNAPSHOTS = {
     'text': (lambda: b'hello\n', 'not a readable snapshot'),
     'cut off': (lambda: snapshot(tiny_weights())[:5000], 'not a readable snapshot'),
     'cut off, legacy': (lambda: legacy(tiny_weights())[:9000], 'FD0:ZJ3_1.pkl: '),
-    'a call': (lambda: snapshot({'w': Calls(os.system, 'false')}), 'refused, since it is not plain weights'),
+    'a call': (lambda: snapshot({'w': Calls(os.system, 'false')}), 'refused: it is damaged or not plain weights'),
     'a call, legacy': (lambda: legacy({'w': Calls(os.system, 'false')}), 'it calls posix.system'),
-    'a plain pickle': (lambda: pickle.dumps(Calls(os.system, 'false')), 'refused, since it is not plain weights'),
+    'a plain pickle': (lambda: pickle.dumps(Calls(os.system, 'false')), 'refused: it is damaged or not plain weights'),
     'a byte array of 2^40': (lambda: snapshot({'w': Calls(bytearray, 3)}).replace(b'K\3\x85', b'K\3\x85'), 'bytearray'),
     'a call in legacy weights before an archive': (
         lambda: legacy({'w': Calls(os.system, 'false')}) + snapshot(tiny_weights()), 'it calls posix.system',
     ),
-    'packed entries': (lambda: packed(snapshot(tiny_weights())), 'its entries claim more bytes than the file holds'),
+    'packed entries': (lambda: packed(snapshot(tiny_weights())), 'its entries ask for more bytes than the file holds'),
     'one number spread over 2^31': (
-        lambda: snapshot({'w': torch.zeros(1).expand(2**31)}), 'it claims 2147483648 of something, more than',
+        lambda: snapshot({'w': torch.zeros(1).expand(2**31)}), 'its header asks for 2147483648 elements, but the file has',
     ),
     'few numbers spread over many tensors': (
-        lambda: snapshot({f'w{i}': t for i, t in enumerate([torch.zeros(1000)] * 99)}), 'its tensors claim more numbers than',
+        lambda: snapshot({f'w{i}': t for i, t in enumerate([torch.zeros(1000)] * 99)}), 'its tensors ask for more numbers than',
     ),
-    '2^40 numbers, legacy': (lambda: claims_more(legacy({'w': torch.zeros(4)}), 2**40), 'it claims 1099511627776 of something'),
+    '2^40 numbers, legacy': (lambda: claims_more(legacy({'w': torch.zeros(4)}), 2**40), 'its header asks for 1099511627776 elements'),
     'a list': (lambda: snapshot([torch.zeros(3)]), 'not a state dict of tensors'),
     'a number': (lambda: snapshot({'coarse_model.conv1_1.weight': 3}), 'not a state dict of tensors'),
     'tensors without axes': (
@@ -357,12 +359,12 @@ def test_a_bad_start(what, data, call):
 
 @pytest.mark.parametrize('told', ['words', {'organ_ID': 1}, {'cases': [[]]}, {'cases': 5}])
 def test_what_a_start_tells_of_itself_may_be_anything(told, data):
-    from running.weights import load_weights, trained_on
+    from running.weights import description, load_weights
 
     state = torch.nn.Linear(2, 2).state_dict()
-    state._metadata['trained_on'] = told
+    state._metadata['OrganSegRSTN'] = told
     torch.save(state, data / 'a.pth')
-    assert trained_on(load_weights(data / 'a.pth')) == {}
+    assert description(load_weights(data / 'a.pth')) == {}
 
 
 # --- figures to compare with: python report.py DATA_PATH --reference FILE -------------------------------------------
@@ -432,7 +434,7 @@ def test_a_width_that_no_memory_holds(data, call, spare):
 def test_a_name_that_looks_like_an_option_is_told_how_to_give(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_case(tmp_path / '-data', 'a', np.zeros((3, 4, 5), np.int16), np.ones((3, 4, 5), np.uint8))
-    refused(call('init.py', '-data', 1, 1, -100, 240), 'a name that begins with - is given as ./-data', code=2)
+    refused(call('init.py', '-data', 1, 1, -100, 240), 'write a name that begins with - as ./-data', code=2)
     assert call('init.py', './-data', 1, 1, -100, 240).code == 0
 
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import write_case
 
 from Data import DataLayer, slice_bar
-from running.data_folder import fold_list, read_cases
+from running.data_folder import fold_list, print_once, read_cases
 
 PIXELS = [0, 0, 5, 9, 2, 0, 7, 3, 8, 1]  # 7 slices with the organ
 
@@ -119,13 +119,13 @@ def test_a_moved_data_folder_and_absolute_paths_are_read(cases, tmp_path):
 
 
 @pytest.mark.parametrize('fold', [0, 1])
-@pytest.mark.parametrize('name', ['training_Z', 'training_FD', 'testing_FD'])
-def test_a_list_that_has_lost_its_last_lines_is_noticed_before_training(cases, name, fold):
-    path = cases / f'lists/{name}{fold if name.endswith("FD") else ""}.txt'
+def test_a_slice_list_that_has_lost_its_last_lines_is_noticed_before_training(cases, fold):
+    path = cases / 'lists/training_Z.txt'
     lines = path.read_text().splitlines(keepends=True)
-    for kept in range(len(lines)):
+    last = max(case.number for case in read_cases(cases, 'training', fold))
+    for kept in range(len([line for line in lines if int(line.split()[0]) <= last])):
         path.write_text(''.join(lines[:kept]))
-        with pytest.raises(ValueError, match=r'/lists/t.*_(Z|FD\d)\.txt: .*run init\.py again'):
+        with pytest.raises(ValueError, match=r'/lists/training_Z\.txt: .*run init\.py again'):
             layer(cases, fold=fold)
 
 
@@ -138,11 +138,35 @@ def test_a_list_that_has_lost_a_line_within_a_case_is_named(cases, lost):
         layer(cases)
 
 
-@pytest.mark.parametrize('lost', [0, 1])
-def test_a_testing_list_that_has_lost_a_case_is_named(cases, lost):
-    path = fold_list(cases, 'testing', 0)
-    path.write_text(path.read_text().splitlines(keepends=True)[1 - lost])
-    with pytest.raises(ValueError, match=r'testing_FD0\.txt: with training_FD0\.txt it does not hold every case'):
+@pytest.mark.parametrize('kind', ['training', 'testing'])
+@pytest.mark.parametrize('edit', [str, lambda text: f'\ufeff{text}'.rstrip('\n'), lambda text: f'\n{text}\n\n'])
+def test_a_list_edited_by_hand_is_taken_as_it_is_with_a_line_that_counts_its_cases(cases, kind, edit, capsys):
+    path = fold_list(cases, kind, 0)
+    first, second = path.read_text().splitlines()
+    path.write_text(edit(f'{second}\n'))
+    print_once.cache_clear()
+    assert [str(case.number) for case in read_cases(cases, kind, 0)] == [second.split()[0]]
+    assert f'{path}: 1 cases; ' in capsys.readouterr().out
+    if kind == 'training':
+        assert {record.case for record in [layer(cases).slices[i] for i in layer(cases).active]} == {
+            int(second.split()[0])
+        }
+
+
+def test_a_case_that_trains_and_tests_is_warned_about_and_one_that_stands_twice_refused(cases, capsys):
+    training, testing = (fold_list(cases, kind, 0) for kind in ('training', 'testing'))
+    testing.write_text(training.read_text())
+    print_once.cache_clear()
+    read_cases(cases, 'testing', 0)
+    assert 'warning:' in capsys.readouterr().out
+    testing.write_text(training.read_text() * 2)
+    with pytest.raises(ValueError, match='holds case 2 twice'):
+        read_cases(cases, 'testing', 0)
+
+
+def test_an_empty_list_is_refused(cases):
+    fold_list(cases, 'testing', 0).write_text('\n')
+    with pytest.raises(ValueError, match=r'testing_FD0\.txt: holds no case'):
         read_cases(cases, 'testing', 0)
 
 

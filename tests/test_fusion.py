@@ -1,6 +1,7 @@
 """Dice, post-processing and the fusion of three planes, on literal arrays; C++ and scipy do the same."""
 
 import math
+import shutil
 import subprocess
 import sys
 
@@ -193,7 +194,7 @@ def test_nothing_anywhere_fuses_to_nothing(engine):
 
 
 def test_results_are_printed_and_kept_and_undefined_ones_counted_at_the_end(tmp_path, capsys):
-    with Results(tmp_path / 'name') as results:
+    with Results(tmp_path / 'name', 'coarse') as results:
         results(f'  Testcase 1: DSC = {Dice(0.5, 1, 2, 2)} .')
         mean, std = results.average([0.25, math.nan, 0.75])
         results(f'average DSC = {mean} std = {std} .')
@@ -208,11 +209,21 @@ def test_results_are_printed_and_kept_and_undefined_ones_counted_at_the_end(tmp_
 
 
 def test_an_average_of_nothing_defined_is_nan(tmp_path):
-    assert all(math.isnan(value) for value in Results(tmp_path).average([math.nan, math.nan]))
+    assert all(math.isnan(value) for value in Results(tmp_path, 'coarse').average([math.nan, math.nan]))
 
 
 def test_a_stopped_run_leaves_no_results(tmp_path):
-    with pytest.raises(RuntimeError), Results(tmp_path) as results:
+    with pytest.raises(RuntimeError), Results(tmp_path, 'coarse') as results:
         results('first line')
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('content', ['import a_module_that_is_not_there', 'raise OSError("of another platform")'])
+def test_a_module_that_a_build_by_hand_left_and_that_fails_is_named(tmp_path, content):
+    shutil.copy(CODE / 'utils.py', tmp_path)
+    (tmp_path / 'fast_functions.py').write_text(content)
+    code = 'import numpy as np, utils; print(utils.DSC_computation(np.ones(3, bool), np.ones(3, bool)).value)'
+    done = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[1] == '1.0'
+    assert f'remove {tmp_path / "fast_functions.py"} and _fast_functions.so beside it' in done.stdout

@@ -84,7 +84,9 @@ def test_it_tells_what_it_runs_with(data, call):
     first, code, arguments = call('init.py', data, 1, 2, -100, 240).out.splitlines()[:3]
     assert first == 'device: CPU (initialization needs no other)'
     assert code.startswith('code: ') and ', numpy ' in code
-    assert arguments == f'arguments: data_path={data} organ_number=1 folds=2 low_range=-100.0 high_range=240.0'
+    assert arguments.startswith(
+        f'arguments: data_path={data} organ_number=1 folds=2 low_range=-100.0 high_range=240.0 '
+    )
 
 
 def test_fold_lists_of_more_folds_formerly_are_removed(data, call):
@@ -112,6 +114,79 @@ def test_only_what_a_killed_run_of_its_own_has_left_is_removed(data, call):
     assert call('init.py', data, 1, 2, -100, 240).code == 0
     left = sorted(str(path.relative_to(data)) for path in data.rglob('.*.part'))
     assert left == ['images/.my notes.part', 'images_Z/.my notes.part', 'raw/.0001.77.part', 'raw/.my notes.part']
+
+
+# --- lists are the user's --------------------------------------------------------------------------------------------
+
+INIT = (1, 2, -100, 240)
+
+
+@pytest.mark.parametrize('name', ['training_FD0.txt', 'testing_FD1.txt', 'training_Y.txt'])
+def test_a_list_that_was_edited_by_hand_is_replaced_only_with_overwrite(data, call, name):
+    path = data / 'lists' / name
+    written = path.read_text()
+    path.write_text(written.split('\n', 1)[1])
+    before = {file: file.stat().st_mtime_ns for file in data.rglob('*') if file.is_file()}
+    assert refused(call('init.py', data, *INIT), f'{path}: edited by hand', '--overwrite (OVERWRITE=1 in run.sh)')
+    assert {file: file.stat().st_mtime_ns for file in data.rglob('*') if file.is_file()} == before, 'nothing is touched'
+    assert call('init.py', data, *INIT, '--overwrite').code == 0
+    assert path.read_text() == written
+
+
+def test_a_list_that_it_does_not_write_is_never_removed(data, call):
+    for name in ('mine.txt', 'testing_FD9.txt'):
+        (data / 'lists' / name).write_text('0 images/0001.npy labels/0001.npy\n')
+    assert call('init.py', data, *INIT, '--overwrite').code == 0
+    assert (data / 'lists/mine.txt').exists() and (data / 'lists/testing_FD9.txt').exists()
+
+
+def test_without_a_record_a_folds_list_of_other_cases_is_a_users(data, call):
+    """As the published init.py leaves them, with absolute paths; or written by hand to test scans of one's own."""
+    path = data / 'lists/testing_FD0.txt'
+    written = path.read_text()
+    (data / 'init.json').unlink()
+    path.write_text(written.replace('images/', '/media/NIH/images/').replace('labels/', '/media/NIH/labels/'))
+    assert call('init.py', data, *INIT).code == 0
+    assert path.read_text() == written
+    for record in (None, '{"lists": 5}', 'not JSON'):
+        (data / 'init.json').unlink(missing_ok=True)
+        if record:
+            (data / 'init.json').write_text(record)
+        path.write_text(written.splitlines()[0] + '\n')
+        assert refused(call('init.py', data, *INIT), f'{path}: edited by hand, or not made by init.py')
+
+
+def test_if_changed_does_nothing_where_nothing_has_changed(data, call):
+    (data / 'lists/testing_FD0.txt').write_text('0 images/0001.npy labels/0001.npy\n')  # the user's, and kept
+    before = {file: file.stat().st_mtime_ns for file in data.rglob('*') if file.is_file()}
+    done = call('init.py', data, *INIT, '--if_changed')
+    assert (done.code, done.out.splitlines()[-1]) == (0, 'initialized before: nothing has changed')
+    assert {file: file.stat().st_mtime_ns for file in data.rglob('*') if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda data: np.save(data / 'images/0002.npy', np.load(data / 'images/0002.npy')),
+        lambda data: write_case(data, '0005', *(np.load(data / kind / '0001.npy') for kind in ('images', 'labels'))),
+        lambda data: (data / 'labels/0004.npy').unlink(),
+        lambda data: shutil.rmtree(data / 'labels_Y/0003'),
+        lambda data: (data / 'lists/training_X.txt').unlink(),
+        lambda data: (data / 'init.json').write_text((data / 'init.json').read_text().replace('==', '>=')),
+        lambda data: (data / 'init.json').write_text('not JSON'),
+    ],
+    ids=['image', 'case more', 'case less', 'slices', 'list', 'is_organ', 'record'],
+)
+def test_if_changed_initializes_where_something_has_changed(data, call, change):
+    change(data)
+    done = call('init.py', data, *INIT, '--if_changed')
+    assert done.code == 0 and 'cases in 2 folds, lists in' in done.out
+    assert call('init.py', data, *INIT, '--if_changed').out.endswith('initialized before: nothing has changed\n')
+
+
+@pytest.mark.parametrize('settings', [(2, 2, -100, 240), (1, 4, -100, 240), (1, 2, -101, 240), (1, 2, -100, 200)])
+def test_if_changed_initializes_with_other_settings(data, call, settings):
+    assert 'lists in' in call('init.py', data, *settings, '--if_changed').out
 
 
 # --- what it refuses -----------------------------------------------------------------------------------------------

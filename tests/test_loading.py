@@ -14,11 +14,11 @@ import torch
 from conftest import CODE, settings, tiny_weights
 
 from model import load_RSTN
-from running import files
 from running.data_folder import (
     epoch_name,
     find_pretrained,
     find_snapshot,
+    find_snapshots,
     results_folder,
     snapshot_folder,
     snapshot_name,
@@ -204,7 +204,7 @@ def test_the_entry_that_has_changed_is_named(tmp_path, weights):
         byte = file.read(1)[0]
         file.seek(place)
         file.write(bytes([byte ^ 64]))
-    with pytest.raises(ValueError, match=r"flipped\.pkl: .*'flipped/data/5' is not what its checksum says"):
+    with pytest.raises(ValueError, match=r"flipped\.pkl: .*'flipped/data/5' differs from its checksum"):
         load_weights(path)
 
 
@@ -255,6 +255,33 @@ def test_training_starts_from_the_first_there_is(tmp_path):
     assert find_pretrained(settings(tmp_path, pretrained='own.pth')) == Path('own.pth')
 
 
+def save_empty(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+
+
+def test_three_planes_without_timestamps_are_of_one_training(tmp_path, capsys):
+    """The newest snapshot of each plane may be of another training: two stopped trainings have left these."""
+    args = settings(tmp_path, timestamp1_X='_', timestamp1_Y='_', timestamp1_Z='_')
+    old, new = '20261101_000000', '20261102_000000'
+    names = {time: [f'FD0:{plane}J3_1_{time}.pkl' for plane in 'XYZ'] for time in (old, new)}
+    save_empty(snapshot_folder(args), *names[old], names[new][0])
+    assert find_snapshots(args) == names[old]
+    assert f'X, Y, Z: no snapshot without a timestamp; tests the newest training: {old}' in capsys.readouterr().out
+    save_empty(snapshot_folder(args), *names[new])
+    assert find_snapshots(args) == names[new]
+    args.timestamp1_X = old
+    assert find_snapshots(args) == [names[old][0], *names[new][1:]], 'a timestamp that is given is taken'
+
+
+def test_planes_that_no_training_has_in_common_are_an_error(tmp_path):
+    args = settings(tmp_path, timestamp1_X='_', timestamp1_Y='_', timestamp1_Z='_')
+    save_empty(snapshot_folder(args), 'FD0:XJ3_1.pkl', 'FD0:YJ3_1_20261101_000000.pkl', 'FD0:ZJ3_1.pkl')
+    with pytest.raises(ValueError, match=r'no training of all planes \(X: _; Y: 20261101_000000; Z: _\)'):
+        find_snapshots(args)
+
+
 # --- who holds a folder --------------------------------------------------------------------------------------------
 
 HOLDER = """
@@ -288,20 +315,19 @@ def test_a_second_run_is_told_who_holds_a_folder_and_a_killed_one_holds_nothing(
 
 
 @pytest.mark.parametrize('code', [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_on_a_file_system_without_locks_a_run_goes_on_and_says_once_that_it_is_not_kept_apart(
+def test_on_a_file_system_without_locks_a_run_goes_on_with_a_line_that_it_is_not_kept_apart(
     tmp_path, monkeypatch, capsys, code
 ):
     def flock(*_):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, 'flock', flock)
-    files._warn_unlocked.cache_clear()
     others = tmp_path / '.volume.npz.1.part'
     others.write_bytes(b'half, maybe of a run that is at work')
     with locked(tmp_path / '.lock', '.*.part'), locked(tmp_path / '.other', '.*.part'):
         assert others.exists()
     assert list(tmp_path.iterdir()) == [others]
-    assert capsys.readouterr().out.count('this file system has no locks') == 1
+    assert capsys.readouterr().out.count('this file system has no locks') == 2
 
 
 def test_another_error_of_a_lock_is_no_lack_of_locks(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """merge_organs.py: the predictions of several organs in one NIfTI, by highest mean probability."""
 
 import json
-import shutil
 
 import nibabel as nib
 import numpy as np
@@ -11,7 +10,7 @@ from conftest import FOLDER, coarse2fine_args, merge_args, tiny_weights
 
 import merge_organs
 from running.files import load_volume
-from running.results import checksum
+from running.results import Checksums
 from scans import nifti
 
 FINE = 'results/coarse2fine_testing_1e-5x10,4'
@@ -90,7 +89,13 @@ def test_one_file_a_case_on_the_scans_grid_with_each_organs_number(two, call, mo
     assert '0002: no geometry/0002.json that says where it lies: its .nii.gz is in voxels' in done.out
 
     folder = merged_folder(two)
-    assert sorted(file.name for file in folder.iterdir()) == ['0001.nii.gz', '0002.nii.gz', 'results.txt', 'run.json']
+    assert sorted(file.name for file in folder.glob('[!.]*')) == [
+        '0001.nii.gz',
+        '0002.nii.gz',
+        'results.json',
+        'results.txt',
+        'run.json',
+    ]
     np.testing.assert_array_equal(nib.load(folder / '0001.nii.gz').affine, AFFINE)
     np.testing.assert_array_equal(nib.load(folder / '0002.nii.gz').affine, np.eye(4))
     organs = np.asarray(nib.load(folder / '0001.nii.gz').dataobj)
@@ -154,27 +159,25 @@ def test_an_organ_that_is_half_there_is_named(lost, two, call):
     (folder_of(two, 2) / 'volumes' / lost).unlink()
     done = call('merge_organs.py', *merge_args(two))
     assert done.code == 1
-    assert 'case 2 is not whole; run coarse2fine_testing.py --probability of organ 2 first' in done.err.splitlines()[-1]
-    assert not (merged_folder(two) / 'results.txt').exists(), 'no old figures without their volumes'
+    assert (
+        'case 2 is incomplete; run coarse2fine_testing.py --probability of organ 2 first' in done.err.splitlines()[-1]
+    )
 
 
-def test_run_json_names_the_snapshots_of_each_organ(two, call):
+def test_run_json_holds_what_each_organ_was_tested_with_and_a_change_is_an_error(two, call):
     run_two_organs(two, call)
     assert call('merge_organs.py', *merge_args(two)).code == 0
-    told = json.loads((merged_folder(two) / 'run.json').read_text())
+    settings = json.loads((merged_folder(two) / 'run.json').read_text())
     snapshots = two / 'models/snapshots' / FOLDER
-    assert told['organs'] == [
-        [organ, [checksum(snapshots / f'FD0:{plane}J3_{organ}.pkl') for plane in 'XYZ']] for organ in (1, 2)
-    ]
-    assert told['runs'][0]['arguments']['organ_IDs'] == [1, 2]
+    for organ in (1, 2):
+        name = f'FD0:XJ3_{organ}.pkl'
+        assert settings[f'organ {organ} snapshot {name}'] == Checksums(two)(snapshots / name)
+    assert settings['runs'][0]['arguments']['organ_IDs'] == [1, 2]
 
-
-def test_files_of_cases_that_are_no_longer_tested_go(two, call):
-    run_two_organs(two, call)
-    merged_folder(two).mkdir(parents=True)
-    shutil.copy(two / 'images/0001.npy', merged_folder(two) / '0009.nii.gz')
-    assert call('merge_organs.py', *merge_args(two)).code == 0
-    assert not (merged_folder(two) / '0009.nii.gz').exists()
+    run_two_organs(two, call, '--stop_DSC', 0.01, '--overwrite')
+    done = call('merge_organs.py', *merge_args(two))
+    assert done.code == 1 and 'organ 1 stop_DSC was none, is 0.01' in done.err and '--overwrite' in done.err
+    assert call('merge_organs.py', *merge_args(two), '--overwrite').code == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""NIfTI files: what nii2npy.py makes of images and labels, what it refuses, and masks written to lie on their scan."""
+"""NIfTI files: what nii2npy.py reads, what it refuses, and masks that lie on their scan."""
 
 import gzip
 import io
@@ -187,7 +187,7 @@ def test_any_grid_turned_any_way_comes_onto_itself_and_a_grid_a_tenth_voxel_off_
 
 @pytest.fixture
 def convert(call, monkeypatch):
-    """convert(RAW, OUT, ...): run nii2npy.py; what it printed to stdout and stderr. `status` is the exit code to expect."""
+    """convert(RAW, OUT, ...): run nii2npy.py; what it printed. `status`: the exit code to expect."""
 
     def convert(*arguments, cwd=None, status=0):
         with monkeypatch.context() as context:
@@ -201,7 +201,7 @@ def convert(call, monkeypatch):
 
 @pytest.fixture
 def paired(tmp_path):
-    """A converted DICOM case 0001, (image, label and affine that pair with it by transpose, the label's path)."""
+    """A converted DICOM case 0001: (image, label and affine that pair by transpose, its path)."""
     image = np.arange(120, dtype=np.int16).reshape(6, 5, 4)
     write_slices(tmp_path / 'dicom', make_slices(image))
     save_scan(tmp_path, '0001', read_series(tmp_path / 'dicom'))
@@ -390,7 +390,11 @@ def test_labels_of_NIH_are_turned_as_published_whatever_their_headers_say(tmp_pa
 def test_a_copy_beside_the_raw_data_says_where_to_run_it(tmp_path):
     copy = shutil.copy(REPO / 'DATA2NPY/nii2npy.py', tmp_path)
     done = subprocess.run([sys.executable, copy], check=False, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'run it where it is' in done.stderr
+    assert (
+        done.returncode == 1
+        and len(done.stderr.splitlines()) == 1
+        and 'run this script where the repository has it' in done.stderr
+    )
 
 
 def test_files_that_are_left_out_are_named_and_counted(tmp_path, convert):
@@ -420,12 +424,14 @@ def test_a_folder_of_Decathlon_or_nnU_Net_with_its_organs(dataset, tmp_path, con
         write_nifti(tmp_path / f'labelsTr/{case}.nii.gz', (random_volume() > 0).astype(np.uint8))
     write_nifti(tmp_path / 'imagesTr/b_0001.nii.gz', random_volume())
     write_nifti(tmp_path / 'imagesTs/c_0000.nii.gz', random_volume())
-    said, _ = convert(cwd=tmp_path, status=1)
+    said, _ = convert('.', 'out', cwd=tmp_path, status=1)
     assert 'ORGAN_NUMBER=2: 1 pancreas, 2 cancer' in said and 'imagesTs: left out' in said
-    assert json.loads((tmp_path / 'organs.json').read_text()) == {'1': 'pancreas', '2': 'cancer'}
-    assert (tmp_path / 'dataset.json').read_text() == content
+    assert (tmp_path / 'out/dataset.json').read_text() == content, 'where report.py finds it'
     assert 'b: error: 2 sources for one case: imagesTr/b_0000.nii.gz, imagesTr/b_0001.nii.gz' in said
-    assert list(loaded(tmp_path, 'images')) == list(loaded(tmp_path, 'labels')) == ['a']
+    assert list(loaded(tmp_path / 'out', 'images')) == list(loaded(tmp_path / 'out', 'labels')) == ['a']
+    (tmp_path / 'imagesTr/b_0001.nii.gz').unlink()
+    convert(cwd=tmp_path)
+    assert (tmp_path / 'dataset.json').read_text() == content, 'also where RAW is OUT'
 
 
 @pytest.mark.parametrize('content', ['{', '{}', '{"labels": [1]}', '{"labels": {"1": null}, "a": 1}'])
@@ -501,7 +507,9 @@ def test_a_label_of_an_image_that_was_converted_anew_is_named_and_refused_until_
         done = call(NII2NPY, tmp_path / 'raw', folder)
         assert done.code == 0 and 'a: labels/a.npy was made for another images/a.npy: convert it again' in done.out
         assert 'b: labels' not in done.out
-        assert refused(init(call, folder), 'labels/a.npy: older than images/a.npy; convert it again')
+        assert refused(
+            init(call, folder), 'labels/a.npy: images/a.npy has changed since its conversion; convert it again'
+        )
     write_nifti(tmp_path / 'labels/a.nii.gz', (image > 0).astype(np.uint8))
     assert call(NII2NPY, tmp_path / 'raw', folder, '--labels', tmp_path / 'labels').code == 0
     assert init(call, folder).code == 0
@@ -510,21 +518,29 @@ def test_a_label_of_an_image_that_was_converted_anew_is_named_and_refused_until_
 def test_arrays_that_changed_since_their_conversion_are_refused_unless_that_is_said_to_be_right(folder, call):
     for kind, key in (('images', 'image_crc32'), ('labels', 'label_crc32')):
         np.save(folder / kind / 'a.npy', 1 - np.load(folder / kind / 'a.npy').clip(0, 1))
-        assert refused(init(call, folder), f'{kind}/a.npy: not the {kind[:-1]} that was converted')
+        assert refused(init(call, folder), f'{kind}/a.npy: its voxels have changed since its conversion')
         assert call('check_data.py', folder, 1, -100, 240).code == 1
         record = folder / 'geometry/a.json'
         record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != key}))
         assert init(call, folder).code == 0
 
 
+def test_an_image_of_another_shape_is_refused_until_its_geometry_goes(folder, call):
+    for kind in ('images', 'labels'):
+        np.save(folder / kind / 'a.npy', np.load(folder / kind / 'a.npy')[:, 1:])
+    assert refused(init(call, folder), 'images/a.npy: its shape is [5, 5, 4] instead of [5, 6, 4]')
+    (folder / 'geometry/a.json').unlink()
+    assert init(call, folder).code == 0
+
+
 def test_a_stale_geometry_is_not_believed(folder, tmp_path, call, capsys):
     np.save(folder / 'images/a.npy', np.load(folder / 'images/a.npy') + 1)
     shutil.rmtree(tmp_path / 'raw/images')
     done = call(NII2NPY, tmp_path / 'raw', folder)
-    assert f'{folder}/geometry/a.json: not used, its voxels have changed; convert the image again' in done.out
+    assert f'{folder}/geometry/a.json: not used with its image: its voxels have changed' in done.out
     assert 'a: label 5 x 6 x 4, by transpose(1, 0, 2)' in done.out and 'b: label 5 x 6 x 4, by the affines' in done.out
     assert load_geometry(folder / 'geometry/b.json', (5, 6, 3)) is None
-    assert 'b.json: not used, its shape is (5, 6, 3) instead of [5, 6, 4]' in capsys.readouterr().out
+    assert 'b.json: not used with its image: its shape is [5, 6, 3] instead of [5, 6, 4]' in capsys.readouterr().out
 
 
 def test_older_data_folders_and_own_arrays_go_on_working(folder, tmp_path, call):

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -156,14 +157,19 @@ def test_more_processes_than_slices_are_refused(pretrained):
     assert 'training_parallel.py: error: 1 slices to train on are too few for 2 processes' in err
 
 
-def test_without_torchrun_it_is_training_itself(pretrained, call):
-    alone = call('training_parallel.py', *training_args(pretrained, epochs=(1, 0, 0, 1)), '--seed', 1)
-    assert alone.code == 0 and 'one process: torchrun starts several' in alone.out
-    plain = call('training.py', *training_args(pretrained, epochs=(1, 0, 0, 1)), '--seed', 1)
-    lines = [
-        [re.sub(r'\d+\.\d\ds', '', line) for line in done.out.splitlines() if '0Z' in line] for done in (alone, plain)
+def test_without_torchrun_it_says_what_to_type(pretrained, call):
+    args = training_args(pretrained, epochs=(1, 0, 0, 1))
+    args[9] = 'cpu,cpu'
+    done = call('training_parallel.py', *args)
+    assert done.code == 1
+    typed = shlex.split(done.err.partition('type: ')[2])
+    assert typed == [
+        'torchrun',
+        '--standalone',
+        '--nproc_per_node',
+        '2',
+        *map(str, [CODE / 'training_parallel.py', *args]),
     ]
-    assert lines[0] == lines[1] and len(lines[0]) > 5
 
 
 # --- which GPU a process takes (no CUDA here: its answers are given) -------------------------------------------------

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import os
 import sys
 
 import nibabel as nib
@@ -13,7 +14,10 @@ from conftest import coarse2fine_args, run_script, tiny_weights
 from raw_scans import make_slices, write_slices
 
 import predict
+import volumes.testing
+from model import RSTN
 from running.files import load_volume
+from running.weights import describe
 from volumes.rounds import coarse_probability
 
 PLI = np.array(
@@ -72,13 +76,13 @@ def snapshots(tmp_path_factory):
     return save_snapshots(tmp_path_factory.mktemp('data') / 'models/snapshots/SIJ_training_1e-5x10,4')
 
 
-LOADED = functools.cache(predict.load_RSTN)
+LOADED = functools.cache(volumes.testing.load_RSTN)
 
 
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch):
     """Each network is loaded once for all tests in this process, which is most of their time."""
-    monkeypatch.setattr(predict, 'load_RSTN', LOADED)
+    monkeypatch.setattr(volumes.testing, 'load_RSTN', LOADED)
 
 
 @pytest.fixture
@@ -162,7 +166,7 @@ def write_geometry(path, affine, holds='position'):
 
 
 def orientation_of(told, snapshot, capsys):
-    codes = predict.training_orientation(told, snapshot)
+    codes = predict.training_orientation(told, predict.Training(4, 3), snapshot)
     return codes, capsys.readouterr().out
 
 
@@ -171,7 +175,7 @@ def test_training_arrays_are_taken_to_lie_as_NIHs_unless_something_tells(tmp_pat
     assert orientation_of(None, snapshot, capsys)[0] == 'PLI'
     assert orientation_of('RAS', snapshot, capsys)[0] == 'RAS'
     like = write_geometry(tmp_path / 'like.json', np.diag([1, -2, 3, 1.0]) + np.eye(4, k=3))
-    assert orientation_of(str(like), snapshot, capsys) == ('RPS', f'training arrays: RPS (as {like} says)\n')
+    assert orientation_of(str(like), snapshot, capsys) == ('RPS', f'training arrays: RPS (by {like})\n')
 
     for case in ('a', 'b'):  # the data folder that the snapshot lies in
         write_geometry(tmp_path / f'geometry/{case}.json', np.diag([-1, -2, 3, 1.0]) + np.eye(4, k=3))
@@ -204,7 +208,7 @@ def test_a_scan_that_does_not_tell_how_it_lies_is_seen_as_conversion_stores_it(
     predicted(tmp_path / 'scan.nii', tmp_path / 'mask.nii', *snapshots, '--rounds', 1)
     np.testing.assert_array_equal(mask_of(tmp_path / 'mask.nii'), canonical[0].transpose(1, 0, 2))
     said = capsys.readouterr().out
-    assert 'does not say how it lies: its axes are taken as conversion stores them, transpose(1, 0, 2)' in said
+    assert 'has no position: its axes are taken as conversion stores them, transpose(1, 0, 2)' in said
     assert ('of unknown size' in said) == (code == 0)
 
 
@@ -257,17 +261,18 @@ def test_several_snapshots_of_a_plane_are_averaged(scan, snapshots, tmp_path):
     np.testing.assert_array_equal(mask_of(tmp_path / 'm.nii'), mask_of(tmp_path / 'n.nii'))
 
 
-def test_networks_are_dropped_when_they_are_not_needed(snapshots):
+def test_one_network_stays_in_memory_until_it_is_released_and_several_are_loaded_in_turn(snapshots):
     image = make_scan()[0]
-    one = predict.Look([[path] for path in snapshots], 3, 4, (-100, 240), torch.device('cpu'), 'fp32')
-    score = one.coarse(image)
-    mask = (score >= 0.5).astype(np.uint8)
-    assert not one.kept
-    one.predict(image, score, mask)
-    assert len(one.kept) == 3, 'the fine networks stay for the next round'
-    two = predict.Look([[path, path] for path in snapshots], 3, 4, (-100, 240), torch.device('cpu'), 'fp32')
-    two.predict(image, two.coarse(image), mask)
-    assert not two.kept
+    settings = volumes.testing.PlaneSettings((-100, 240), 3, 4, torch.device('cpu'), 'fp32')
+    one = volumes.testing.PlaneTester('X', snapshots[:1], 'C', settings)
+    first = one.predict(image)
+    kept = one.net
+    one.predict(image)
+    assert kept is not None and one.net is kept
+    one.release()
+    assert one.net is None
+    two = volumes.testing.PlaneTester('X', snapshots[:1] * 2, 'C', settings)
+    np.testing.assert_array_equal(two.predict(image), first)
 
 
 def test_nothing_found_is_an_empty_mask_and_a_warning(snapshots, tmp_path, call):
@@ -320,7 +325,7 @@ def refused(done, *words):
         assert word in error[0]
 
 
-@pytest.mark.parametrize('shape', [(6, 5), (6, 5, 4, 2), (6, 5, 4, 1)])
+@pytest.mark.parametrize('shape', [(6, 5), (6, 5, 4, 2)])
 def test_a_volume_of_2_or_4_axes_is_refused(shape, snapshots, tmp_path, call):
     path = write(tmp_path / 'flat.nii', np.zeros(shape, np.int16))
     refused(call('predict.py', path, tmp_path / 'm.nii', *snapshots), 'flat.nii', 'one 3D volume is expected')
@@ -350,6 +355,14 @@ def test_outputs_that_cannot_be_meant_are_refused(scan, snapshots, tmp_path, cal
     assert scan.read_bytes() == before
     mask = tmp_path / 'm.nii'
     refused(call('predict.py', scan, mask, *snapshots, '--probability', mask), 'must be different files')
+    (tmp_path / 'link.nii.gz').symlink_to(scan)
+    os.link(scan, tmp_path / 'hard.nii.gz')
+    for one, other in ((scan, 'link'), (scan, 'hard'), (tmp_path / 'link.nii.gz', 'scan')):
+        refused(call('predict.py', one, tmp_path / f'{other}.nii.gz', *snapshots), 'must be different files')
+    assert scan.read_bytes() == before
+    (tmp_path / 'folder.nii').mkdir()
+    for output in ('folder.nii', 'scan.nii.gz/m.nii'):
+        refused(call('predict.py', scan, tmp_path / output, *snapshots), output, 'cannot be written')
 
 
 def test_snapshots_that_do_not_belong_together_are_refused(scan, snapshots, tmp_path, call):
@@ -360,10 +373,10 @@ def test_snapshots_that_do_not_belong_together_are_refused(scan, snapshots, tmp_
     thin['saliency1.weight'] = thin['saliency1.weight'][:1]
     torch.save(thin, one := tmp_path / 'FD0:ZJ1_1.pkl')
     for paths, words in (
-        ((x, wide, z), ['YJ3_1.pkl: of width 5', 'XJ3_1.pkl is of width 4']),
-        ((x, y, other), ['ZJ3_2_20261123_000000.pkl: of organ 2', 'is of organ 1']),
-        ((x, y, one), ['ZJ1_1.pkl: of thickness 1', 'is of thickness 3']),
-        ((x, y, f'{z},{other}'), ['of organ 2']),
+        ((x, wide, z), ['YJ3_1.pkl: has width 5', 'XJ3_1.pkl has width 4']),
+        ((x, y, other), ['ZJ3_2_20261123_000000.pkl: has organ_ID 2', 'has organ_ID 1']),
+        ((x, y, one), ['ZJ1_1.pkl: has slice_thickness 1', 'has slice_thickness 3']),
+        ((x, y, f'{z},{other}'), ['has organ_ID 2']),
     ):
         refused(call('predict.py', scan, tmp_path / 'm.nii', *paths), *words)
 
@@ -371,7 +384,7 @@ def test_snapshots_that_do_not_belong_together_are_refused(scan, snapshots, tmp_
 def test_a_snapshot_of_another_plane_is_refused_unless_forced(scan, snapshots, tmp_path, call):
     x, y, z = snapshots
     swapped = [scan, tmp_path / 'm.nii', y, x, z, '--rounds', 0]
-    refused(call('predict.py', *swapped), 'a snapshot of plane Y where that of plane X belongs')
+    refused(call('predict.py', *swapped), 'a snapshot of plane Y given for plane X')
     assert call('predict.py', *swapped, '--force').code == 0
 
 
@@ -389,7 +402,12 @@ def test_the_device_goes_by_its_name_in_the_stages_too(name, scan, snapshots, tm
 
 
 def test_options_are_checked_before_any_work(scan, snapshots, tmp_path, call):
-    for options in (['--orientation', 'PLX'], ['--orientation', 'PAI'], ['--threshold', 2], ['--low_range', 300]):
+    for options in (
+        ['--orientation', 'PLX'],
+        ['--orientation', 'PAI'],
+        ['--threshold', 2],
+        ['--low_range', 300, '--high_range', 200],
+    ):
         assert call('predict.py', scan, tmp_path / 'm.nii', *snapshots, *options).code == 2
     assert call('predict.py', scan).code == 2
 
@@ -403,5 +421,99 @@ def test_a_comma_separates_snapshots_but_also_stands_in_folder_names():
 
 
 def test_the_margin_is_the_one_in_the_folders_name():
-    assert predict.find_margin(predict.Path('models/snapshots/SIJ_training_1e-4x10,10/FD0:XJ3_1.pkl')) == 10
-    assert predict.find_margin(predict.Path('elsewhere/FD0:XJ3_1.pkl')) == 20
+    assert predict.named_margin(predict.Path('models/snapshots/SIJ_training_1e-4x10,10/FD0:XJ3_1.pkl')) == 10
+    assert predict.named_margin(predict.Path('elsewhere/FD0:XJ3_1.pkl')) == 20
+
+
+# --- what snapshots say of their training --------------------------------------------------------------------------
+
+FACTS = {
+    'intensity_window': [-150.0, 200.0],
+    'crop_margin': 2,
+    'slice_thickness': 3,
+    'organ_ID': 1,
+    'orientation': 'RPS',
+}
+
+
+def described(folder, **changes):
+    """Snapshots of the three planes, which say what their training was like."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for plane in 'XYZ':
+        state = RSTN(width=4).state_dict()
+        state.update(tiny_weights())
+        torch.save(describe(state, plane=plane, **FACTS | changes), folder / f'{plane}.pkl')
+        paths.append(folder / f'{plane}.pkl')
+    return paths
+
+
+def test_window_margin_and_orientation_come_from_the_snapshots_wherever_they_lie(scan, snapshots, tmp_path, call):
+    """Published snapshots say nothing: the same figures have to be given, and are said to be assumed where they are not."""
+    done = call('predict.py', scan, tmp_path / 'a.nii', *described(tmp_path / 'x'), '--rounds', 2)
+    assert done.code == 0, done.err
+    for line in (
+        '--low_range: -150, as the snapshots say',
+        '--margin: 2, as the',
+        'training arrays: RPS (as the snapshots',
+    ):
+        assert line in done.out
+    asked = ['--low_range', -150, '--high_range', 200, '--margin', 2, '--orientation', 'RPS']
+    same = call('predict.py', scan, tmp_path / 'b.nii', *snapshots, '--rounds', 2, *asked)
+    assert same.code == 0 and 'assumes' not in same.out
+    np.testing.assert_array_equal(mask_of(tmp_path / 'a.nii'), mask_of(tmp_path / 'b.nii'))
+    published = call('predict.py', scan, tmp_path / 'c.nii', *snapshots, '--rounds', 2)
+    for line in (
+        '--low_range: the snapshots do not say; assumes -100',
+        '--margin: the snapshots do not say; assumes 4',
+    ):
+        assert line in published.out
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (['--low_range', -100], ['--low_range -100: the snapshots were trained with -150']),
+        (['--margin', 20], ['--margin 20: the snapshots were trained with 2']),
+        (['--orientation', 'PLI'], ['--orientation PLI: the snapshots were trained on arrays that lie RPS']),
+    ],
+)
+def test_options_that_contradict_the_snapshots_are_refused(options, words, scan, tmp_path, call):
+    refused(call('predict.py', scan, tmp_path / 'm.nii', *described(tmp_path / 'x'), *options), *words)
+    assert not (tmp_path / 'm.nii').exists()
+
+
+def test_snapshots_of_unlike_trainings_are_refused(scan, tmp_path, call):
+    one, other = described(tmp_path / 'one'), described(tmp_path / 'other', intensity_window=[-100.0, 240.0])
+    refused(call('predict.py', scan, tmp_path / 'm.nii', *one[:2], other[2]), 'intensity_window [-100.0, 240.0]')
+    refused(
+        call('predict.py', scan, tmp_path / 'm.nii', one[1], one[0], one[2]), 'a snapshot of plane Y given for plane X'
+    )
+
+
+def test_voxels_of_another_size_than_in_training_are_warned_about(scan, tmp_path, call):
+    done = call('predict.py', scan, tmp_path / 'm.nii', *described(tmp_path, spacing=[1.0, 1.0, 5.0]), '--rounds', 0)
+    assert (
+        done.code == 0 and 'warning: voxels of 2 x 3 x 5 mm, but the networks were trained on 1 x 1 x 5 mm' in done.out
+    )
+
+
+def test_a_window_that_is_none_is_refused(scan, snapshots, tmp_path, call):
+    refused(
+        call('predict.py', scan, tmp_path / 'm.nii', *snapshots, '--low_range', 300), 'is not above --low_range 300'
+    )
+
+
+def test_blanks_after_the_commas_of_a_list_are_allowed():
+    assert predict.split_snapshots('a.pkl, b.pkl') == [predict.Path('a.pkl'), predict.Path('b.pkl')]
+
+
+def test_weights_of_the_fine_network_that_are_not_finite_are_found_before_the_coarse_step(
+    scan, snapshots, tmp_path, call
+):
+    weights = tiny_weights()
+    weights['fine_model.fc7.bias'][0] = np.nan
+    torch.save(weights, tmp_path / 'FD0:XJ3_1.pkl')
+    done = call('predict.py', scan, tmp_path / 'm.nii', tmp_path / 'FD0:XJ3_1.pkl', *snapshots[1:])
+    refused(done, 'FD0:XJ3_1.pkl: fine_model.fc7.bias is not finite')
+    assert 'coarse:' not in done.out

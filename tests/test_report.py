@@ -1,10 +1,13 @@
-"""report.py: what it measures, what it says of results that are half there, and its page in a real browser."""
+"""report.py: its measures, incomplete results, references, and its page in a real browser."""
 
+import contextlib
+import csv
 import json
 import math
 import os
 import re
 import shutil
+import signal
 
 import golden_case
 import numpy as np
@@ -12,10 +15,11 @@ import pytest
 import surface_distance
 from conftest import write_case
 
-from report import checked_figures, number, percent, read_reference
-from reporting.data import parse_log
-from reporting.measures import Surfaces, compare_surfaces, joint_box, spread
+from report import number, percent
+from reporting.data import parse_log, read_label_names
+from reporting.measures import Surfaces, compare_surfaces, interval, joint_box, spread
 from reporting.pictures import anatomy, chosen_slices, contour_path, remarks, thinned, upright
+from reporting.reference import PUBLISHED, figures, read_references
 from reporting.runs import title
 from running.files import save_volume
 from scans.geometry import Geometry, geometry_file, save_geometry
@@ -25,6 +29,11 @@ pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning:surface_dist
 RESULTS = 'results/coarse2fine_testing_1e-5x10,20'
 ROUNDS = 'FD0:XJ3_1_20261123_000000,YJ3_1_20261123_000000,ZJ3_1_20261123_000000:e2682_0.5_0.5,3'
 COARSE = 'results/coarse_testing_1e-5x10,20'
+PLANES = ','.join(f'{plane}J3_1_20261123_000000.pkl' for plane in 'XYZ')
+FUSION = f'{COARSE}/FD0:fusion:{PLANES}_e2682,0.5/results.txt'
+TXT = f'{RESULTS}/{ROUNDS}/results.txt'
+JSON = f'{RESULTS}/{ROUNDS}/results.json'
+R2 = f'{RESULTS}/{ROUNDS}/volumes/R2_1.npz'
 LOG = """0Z 2
 0ZS load pre-trained FCN8s model successfully!
 0ZS Epoch[1/1], Iter[00000], Coarse/Fine/Avg Loss 0.9000/0.6000/0.7000, Time Elapsed 1.00s
@@ -36,7 +45,7 @@ LOG = """0Z 2
 
 
 def affine_of(spacing):
-    """An affine as DICOM conversion gives it: rows to the back, columns to the left, slices downwards (LPS away)."""
+    """An affine as DICOM conversion gives it: rows to the back, columns to the left, slices down."""
     affine = np.zeros((4, 4))
     affine[1, 0], affine[0, 1], affine[2, 2], affine[3, 3] = -spacing[0], -spacing[1], -spacing[2], 1
     affine[:3, 3] = 100
@@ -78,12 +87,10 @@ def report(call):
 
 def masks(*boxes, shape=(12, 12, 12)):
     """Masks with one box each."""
-    made = []
-    for box in boxes:
-        mask = np.zeros(shape, bool)
-        mask[box] = True
-        made.append(mask)
-    return made
+    volumes = [np.zeros(shape, bool) for _ in boxes]
+    for volume, box in zip(volumes, boxes):
+        volume[box] = True
+    return volumes
 
 
 # --- measures ------------------------------------------------------------------------------------------------------
@@ -96,7 +103,7 @@ def test_equal_masks_have_no_distance():
 
 @pytest.mark.parametrize(('axis', 'distance'), [(0, 0.5), (1, 2), (2, 3)])
 def test_distances_are_in_mm_along_every_axis(axis, distance):
-    """Two long rods, one voxel apart along an axis: nearly all of their surface lies the spacing of that axis apart."""
+    """Two long rods, one voxel apart along an axis: most of their surfaces lie its spacing apart."""
     other = [slice(5, 6)] * 3
     one = [slice(5, 6)] * 3
     along = (axis + 1) % 3
@@ -139,8 +146,16 @@ def test_what_cannot_be_measured_is_refused(shape, spacing):
 def test_nothing_vanishes_from_a_mean():
     found = spread([2.0, 4.0, math.inf, math.nan, None])
     assert found[:6] == (5, 2, 3.0, 1.0, 2.0, 4.0)
+    assert 2.0 <= found.low < found.high <= 4.0
     assert (found.infinite, found.undefined, found.unmeasured) == (1, 1, 1)
     assert math.isnan(spread([None]).mean)
+
+
+def test_the_interval_of_a_mean_is_its_bootstrap():
+    values = [0.5, 0.6, 0.7, 0.8, 0.9] * 20  # std 0.141: about 0.7 +- 1.96 * 0.0141
+    assert interval(values) == pytest.approx((0.672, 0.728), abs=0.002)
+    assert interval(values) == interval(values)
+    assert all(map(math.isnan, interval([0.5])))
 
 
 def test_joint_box():
@@ -180,7 +195,7 @@ def test_the_figures_are_those_of_results_txt(golden, report):
             if found['std']:
                 assert results[key]['all']['std'] == float(found['std'])
             seen.add(key)
-    assert seen == results.keys() - {'HD95', 'ASD', 'NSD'}
+    assert seen == results.keys() - {'HD95', 'ASD', 'NSD', 'coarse2fine_best'}
     assert len(seen) == 2 * (3 + 9) + 4 + 4
 
 
@@ -202,13 +217,35 @@ def test_a_case_has_its_rounds_distances_and_volume(golden, report):
         assert text in page
 
 
+def write_results(folder, stage, cases):
+    """results.json of {image name: {key: (label, prediction)}}, and the predictions as volumes."""
+    content = []
+    for place, (name, masks) in enumerate(cases.items(), 1):
+        scores, agreement, before = {}, {}, None
+        for key, (label, pred) in masks.items():
+            save_volume(folder / 'volumes' / f'{key}_{place}.npz', pred)
+            scores[key] = score(label, pred)
+            if key.startswith('R') and key != 'R0':
+                agreement[key[1:]] = score(before, pred)['DSC'] or 1.0
+            before = pred
+        content.append({'number': place, 'image_file': f'images/{name}.npy', 'scores': scores, 'agreement': agreement})
+    (folder / 'results.json').write_text(json.dumps({'stage': stage, 'cases': content}))
+
+
+def score(label, pred):
+    both, pred, label = int((label & pred).sum()), int(pred.sum()), int(label.sum())
+    dsc = 2 * both / (pred + label) if pred + label else None
+    return {'DSC': dsc, 'intersection': both, 'prediction': pred, 'label': label}
+
+
 def second_fold(data, empty=False):
-    """Results of the golden fold 0 once more for fold 1 (cases 0003 and 0004), predicting the labels, or nothing."""
-    folder = data / RESULTS / ROUNDS.replace('FD0', 'FD1')
-    for place, case in enumerate(('0003', '0004'), 1):
+    """Coarse-to-fine results of fold 1 (cases 0003, 0004): the labels themselves; 0004 may be empty."""
+    cases = {}
+    for case in ('0003', '0004'):
         label = np.load(data / 'labels' / f'{case}.npy')
-        for r in range(4):
-            save_volume(folder / 'volumes' / f'R{r}_{place}.npz', label * (not (empty and place == 2)))
+        cases[case] = {f'R{r}': (label, label * (not (empty and case == '0004'))) for r in range(4)}
+    folder = data / RESULTS / ROUNDS.replace('FD0', 'FD1')
+    write_results(folder, 'coarse2fine', cases)
     return folder
 
 
@@ -247,16 +284,15 @@ def test_an_undefined_dsc_is_counted_apart(golden, report):
 
 
 def test_a_case_that_stopped_early_keeps_its_last_dsc(golden, report):
-    """As coarse2fine_testing.py --stop_DSC 0.99 leaves it: fewer rounds, and run.json says why."""
+    """As coarse2fine_testing.py --stop_DSC 0.99 leaves it: fewer rounds."""
     folder = golden / RESULTS / ROUNDS
     lines = (folder / 'results.txt').read_text().splitlines()
     keep = [line for i, line in enumerate(lines) if 'Round 3, DSC' not in line and 'Round 3, DSC' not in lines[i - 1]]
     (folder / 'results.txt').write_text('\n'.join(keep))
-    (folder / 'run.json').write_text('{"window": [-100, 240], "stop_DSC": 0.99}')
-    out, summary, _ = report(golden)
+    _, summary, _ = report(golden)
     assert [len(case['rounds']) for case in summary['runs'][0]['cases']] == [3, 3]
     assert summary['runs'][0]['results']['coarse2fine_R2']['all']['mean'] == 0.5237438635803298
-    assert 'half there' not in out
+    assert summary['runs'][0]['cases'][0]['stopped_at_round'] == 2
 
 
 def test_of_two_runs_of_the_same_the_later_counts(golden, report):
@@ -268,7 +304,7 @@ def test_of_two_runs_of_the_same_the_later_counts(golden, report):
     out, summary, _ = report(golden)
     assert summary['runs'][0]['cases'][0]['DSC'] == 2 * 1113 / (3397 + 1116)
     assert 'left out' in out and 'is a later run of the same' in out
-    assert 'its DSC is not that of results.txt' in out
+    assert 'its DSC is not the one in the results' in out
 
 
 def test_organs_and_settings_are_told_apart(golden, report):
@@ -296,17 +332,123 @@ def test_numbers_as_papers_print_them():
     assert (number(3.14159), number(math.inf), number(math.nan), number(None)) == ('3.14', '∞', '–', '–')
 
 
+# --- results.json --------------------------------------------------------------------------------------------------
+
+
+def counts(dsc, intersection, prediction, label):
+    return {'DSC': dsc, 'intersection': intersection, 'prediction': prediction, 'label': label}
+
+
+GOLDEN_ROUNDS = {
+    'stage': 'coarse2fine',
+    'cases': [
+        {
+            'number': 1,
+            'image_file': 'images/0001.npy',
+            'scores': {'R0': counts(0.2, 1116, 7319, 1116), 'R1': counts(0.5, 1113, 3421, 1116)},
+            'agreement': {'1': 0.637},
+        },
+        {
+            'number': 2,
+            'image_file': 'images/0002.npy',
+            'scores': {'R0': counts(0.3, 1020, 5433, 1020), 'R1': counts(0.5, 1, 1, 1), 'R2': counts(None, 0, 0, 0)},
+            'agreement': {'1': 0.99, '2': 1.0},
+        },
+    ],
+}
+
+
+def test_figures_are_read_from_results_json(golden, report):
+    (golden / JSON).write_text(json.dumps(GOLDEN_ROUNDS))
+    out, summary, _ = report(golden)
+    first, second = summary['runs'][0]['cases']
+    assert first['rounds'] == [2 * 1116 / (7319 + 1116), 2 * 1113 / (3421 + 1116)]
+    assert (first['inter_iteration'], first['stopped_at_round']) == ([0.637], 1)
+    assert (second['DSC'], second['rounds'][2], second['stopped_at_round']) == (1, None, 1)
+    assert f'{RESULTS}/{ROUNDS}/volumes/R1_2.npz: its DSC is not the one in the results' in out
+
+
+def test_rounds_needed_and_the_best_round(golden, report):
+    (golden / JSON).write_text(json.dumps(GOLDEN_ROUNDS).replace('3421', '34210'))  # round 1 of case 1 is the worse
+    _, summary, page = report(golden)
+    run = summary['runs'][0]
+    assert [case['best_round'] for case in run['cases']] == [0, 1]
+    assert run['results']['coarse2fine_best']['all']['mean'] == pytest.approx((2 * 1116 / (7319 + 1116) + 1) / 2)
+    assert [stop['threshold'] for stop in run['stops']] == ['0.90', '0.95', '0.98', '0.99']
+    assert [stop['reached'] for stop in run['stops']] == [1, 1, 1, 1]  # case 1 ends at 0.637
+    assert (run['stops'][3]['rounds']['mean'], run['stops'][3]['rounds']['std']) == (1, 0)
+    assert '26.46 (round 0)' in page
+
+
+def test_the_table_of_results_as_csv_and_latex(golden, report):
+    (golden / 'dataset.json').write_text('{"labels": {"left_kidney & co": 1}}')
+    report(golden)
+    with open(golden / 'report' / 'results.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    row = next(row for row in rows if row['result'] == 'coarse2fine')
+    assert (row['name'], row['fold'], row['cases'], row['missed']) == ('left_kidney & co', 'all', '2', '0')
+    assert float(row['mean']) == 0.5237438635803298
+    text = (golden / 'report' / 'results.tex').read_text()
+    assert r'left\_kidney \& co' in text
+    assert r'Coarse to fine, stopped at 0.99 & 2 & 52.37 $\pm$ 3.01 & 49.37 to 55.38 & 49.37 & 55.38 \\' in text
+
+
+def test_a_plane_and_a_fusion_are_read_from_results_json(golden, report):
+    case = GOLDEN_ROUNDS['cases'][0]
+    for file, stage, scores in (
+        (f'{COARSE}/FD0:ZJ3_1_20261123_000000.pkl/results.txt', 'coarse', {'e2682': counts(0.8, 8, 10, 10)}),
+        (FUSION, 'coarse_fusion', {'F2P': counts(0.4, 4, 10, 10)}),
+    ):
+        (golden / file).with_suffix('.json').write_text(
+            json.dumps({'stage': stage, 'cases': [case | {'scores': scores}]})
+        )
+        (golden / file).unlink()
+    _, summary, _ = report(golden)
+    results = summary['runs'][0]['results']
+    assert (results['coarse_Z']['all']['mean'], results['coarse_fusion_F2P']['all']['mean']) == (0.8, 0.4)
+
+
+def test_a_results_txt_that_was_written_later_counts(golden, report):
+    (golden / JSON).write_text(json.dumps(GOLDEN_ROUNDS))
+    os.utime(golden / JSON, (1e9, 1e9))
+    _, summary, _ = report(golden)
+    assert len(summary['runs'][0]['cases'][0]['rounds']) == 4
+
+
+def test_a_case_whose_place_in_the_list_has_changed_is_left_out(golden, report):
+    (golden / JSON).write_text(json.dumps(GOLDEN_ROUNDS))
+    (golden / 'lists' / 'testing_FD0.txt').write_text('0 images/0002.npy labels/0002.npy\n')
+    (golden / 'lists' / 'training_FD0.txt').unlink()
+    _, summary, _ = report(golden)
+    assert f'{RESULTS}/{ROUNDS}: images/0001.npy left out' in ' '.join(summary['notices'])
+    assert summary['runs'][0]['results'].keys().isdisjoint({'coarse2fine', 'coarse2fine_R0'})
+
+
+@pytest.mark.parametrize(
+    'text',
+    ['', '[]', '{}', '{"cases": 5}', '{"cases": [{}]}', '{"cases": [{"number": 1, "image_file": "a", "scores": [1]}]}']
+    + [json.dumps(GOLDEN_ROUNDS).replace(*change) for change in (
+        ('1116', '"many"'), ('1116', '-1'), ('7319', '5'), ('7319', '1e999'), ('0.637', '"much"'), ('"R0"', 'R0'),
+    )],
+)  # fmt: skip
+def test_of_a_results_json_that_cannot_be_read_the_text_counts(golden, report, text):
+    (golden / JSON).write_text(text)
+    _, summary, _ = report(golden)
+    assert any('results.json: not readable' in notice for notice in summary['notices'])
+    assert len(summary['runs'][0]['cases'][0]['rounds']) == 4
+
+
 # --- logs ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_log_is_read():
-    log = parse_log('log', LOG)
+    log = parse_log('log', LOG.splitlines())
     assert log.steps == {('S', 1): [0.7, 0.4], ('J', 1): [0.2]}
     assert log.epochs == {('S', 1): (0.75, 0.45, 0.55)}
 
 
 def test_of_an_epoch_trained_twice_the_last_counts():
-    assert parse_log('log', LOG + LOG.replace('0.7000', '0.1000')).steps['S', 1] == [0.1, 0.4]
+    assert parse_log('log', (LOG + LOG.replace('0.7000', '0.1000')).splitlines()).steps['S', 1] == [0.1, 0.4]
 
 
 def test_thinned():
@@ -325,17 +467,15 @@ def test_a_report_of_a_training_alone(golden, report):
 
 # --- what is half there --------------------------------------------------------------------------------------------
 
-R2 = f'{RESULTS}/{ROUNDS}/volumes/R2_1.npz'
-TXT = f'{RESULTS}/{ROUNDS}/results.txt'
 BROKEN = {
     'a corrupt volume': (R2, lambda f: f.write_bytes(f.read_bytes()[:100]), 'R2_1.npz: not a whole .npz'),
     'a volume of text': (R2, lambda f: f.write_text('hello'), 'R2_1.npz: not a whole .npz'),
     'a volume without its array': (R2, lambda f: np.savez(f, other=np.ones(3)), 'R2_1.npz: not a whole .npz'),
     'a volume of another shape': (R2, lambda f: np.savez(f, volume=np.ones((3, 3, 3))), '(shape (3, 3, 3) instead of'),
     'a missing volume': (R2, os.remove, 'R2_1.npz: no such volume'),
-    'no results.txt': (TXT, os.remove, 'computed from their volumes: there is no results.txt'),
-    'half a results.txt': (TXT, lambda f: f.write_text(f.read_text()[:400]), 'results.txt lacks them'),
-    'an empty results.txt': (TXT, lambda f: f.write_text(''), 'computed from their volumes'),
+    'no results': (FUSION, os.remove, 'left out, it holds no result yet; run its stage to the end'),
+    'half a results.txt': (FUSION, lambda f: f.write_text(f.read_text()[:800]), 'cut off within case 2, which is left'),
+    'an empty results.txt': (FUSION, lambda f: f.write_text(''), 'left out, it holds no result yet'),
     'half a run.json': (TXT.replace('results.txt', 'run.json'), lambda f: f.write_text('{"wi'), 'not a readable run.json'),
     'no list': ('lists/testing_FD0.txt', os.remove, 'testing_FD0.txt: no such list'),
     'a list of another kind': ('lists/testing_FD0.txt', lambda f: f.write_text('a b\n'), "'a b' is not"),
@@ -354,6 +494,83 @@ BROKEN = {
 }  # fmt: skip
 
 
+SPLEEN = {
+    'nnU-Net': {'channel_names': {'0': 'CT'}, 'labels': {'background': 0, 'spleen & co': 1, 'both': [1, 2]}},
+    'Decathlon': {'name': 'Spleen', 'labels': {'0': 'background', '1': 'spleen & co'}},
+}
+
+
+@pytest.mark.parametrize('kind', SPLEEN)
+def test_organs_have_the_names_of_dataset_json(golden, report, kind):
+    (golden / 'dataset.json').write_text(json.dumps(SPLEEN[kind]))
+    out, summary, page = report(golden)
+    assert summary['runs'][0]['organ_name'] == 'spleen & co'
+    assert 'Organ 1 (spleen &amp; co): coarse to fine' in page
+    assert 'Fold 0, plane Z, organ 1 (spleen &amp; co) 20261123_000000' in page
+    assert 'organ 1 (spleen & co): fold 0, 0001: DSC' in out
+    assert read_label_names(golden / 'dataset.json') == {0: 'background', 1: 'spleen & co'}
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"labels": 5}', '{"labels": {"2": ["b"], "9999": "c", "d": -1, "1": 1}}'])
+def test_a_dataset_json_without_names_changes_nothing(golden, report, text):
+    (golden / 'dataset.json').write_text(text)
+    _, summary, page = report(golden)
+    assert 'Organ 1: coarse to fine' in page
+    assert summary['runs'][0]['organ_name'] is None
+
+
+def fifo(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def device(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to('/dev/zero')
+
+
+def huge(path):
+    path.touch()
+    os.truncate(path, 3 << 30)
+
+
+ENDLESS = {
+    'results': ['logs/FD0:Z3_1_20261123_000000.txt', TXT, 'dataset.json'],
+    'results.json': [JSON],
+    'volumes': [TXT.replace('results.txt', 'run.json'), R2, 'geometry/0001.json'],
+    'lists': ['lists/testing_FD0.txt'],
+}
+
+
+@pytest.mark.parametrize('make', [fifo, device, huge])
+@pytest.mark.parametrize('what', ENDLESS)
+def test_a_file_without_an_end_becomes_a_line(golden, report, what, make):
+    os.utime(golden / TXT, (1, 1))  # older than /dev/zero
+    for file in ENDLESS[what]:
+        make(golden / file)
+    with time_limit(60):
+        _, summary, _ = report(golden)
+    for file in ENDLESS[what]:
+        assert any(file in notice for notice in summary['notices']), (file, summary['notices'])
+    assert summary['runs'][0]['results']['coarse_Z']['all']['cases'] == 2
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Fail instead of hanging."""
+
+    def stop(*_):
+        raise TimeoutError(f'not done after {seconds} s')
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
+
+
 @pytest.mark.parametrize('what', BROKEN)
 def test_what_is_broken_becomes_a_line(golden, report, what):
     path, harm, line = BROKEN[what]
@@ -366,18 +583,9 @@ def test_what_is_broken_becomes_a_line(golden, report, what):
     assert summary['runs'][0]['results']['coarse2fine']['all']['cases'] == 2
 
 
-def test_rounds_that_end_halfway_are_named(golden, report):
-    (golden / TXT).unlink()
-    (golden / R2).unlink()
-    out, _, _ = report(golden)
-    assert '1 of 2 cases half there: 0001' in out
-
-
 def test_a_case_without_result_is_named(golden, report):
     text = (golden / TXT).read_text()
-    (golden / TXT).write_text(text[: text.index('  Testcase 2:')])
-    for volume in (golden / RESULTS / ROUNDS / 'volumes').glob('*_2.npz'):
-        volume.unlink()
+    (golden / TXT).write_text(text[: text.index('  Testcase 2:') + 100])  # within its round 0
     out, summary, _ = report(golden)
     assert '1 of 2 cases without a result: 0002' in out
     assert summary['runs'][0]['results']['coarse2fine']['all']['cases'] == 1
@@ -392,15 +600,15 @@ def test_distances_that_could_not_be_measured_are_counted(golden, report):
     assert 'mean of 0 of 1: 1 not measured' in page
 
 
-@pytest.mark.parametrize('made', [True, False])
-def test_nothing_to_report_is_one_line(call, tmp_path, made):
+@pytest.mark.parametrize('exists', [True, False])
+def test_nothing_to_report_is_one_line(call, tmp_path, exists):
     data = tmp_path / 'data'
-    if made:
+    if exists:
         (data / 'results').mkdir(parents=True)
     done = call('report.py', data)
     assert done.code == 1
     assert len(done.err.splitlines()) == 1
-    assert ('no results and no logs' if made else 'no such folder') in done.err
+    assert ('no results and no logs' if exists else 'no such folder') in done.err
     assert not (data / 'report').exists()
 
 
@@ -421,9 +629,10 @@ def test_a_reference_stands_beside(golden, report, tmp_path):
 def test_a_former_summary_is_a_reference(golden, report, tmp_path):
     report(golden)
     former = shutil.copy(golden / 'report' / 'summary.json', tmp_path / 'former.json')
-    reference = read_reference(former)
-    assert reference['figures'][1]['coarse2fine']['mean'] == 0.5237438635803298
-    assert reference['figures'][1]['NSD'].keys() == {'mean', 'std', 'min', 'max'}
+    (reference,) = read_references(former)
+    assert reference(1, 'coarse2fine', [0])['mean'] == 0.5237438635803298
+    assert reference(1, 'coarse2fine', [0, 1]) == {}
+    assert reference(1, 'NSD', [0]).keys() == {'mean', 'std', 'min', 'max', 'cases'}
     _, _, page = report(golden, '--reference', former)
     assert page.count('52.37 ± 3.01') > 2
 
@@ -433,7 +642,7 @@ def test_a_former_summary_is_a_reference(golden, report, tmp_path):
     [
         ('', 'not a reference'),
         ('[1]', 'not a reference'),
-        ('{"name": "x"}', 'holds no figures'),
+        ('{"name": "x"}', 'it holds no figures'),
         ('{"coarse2fine": {"mean": 84.62}}', '84.62 is not a number from 0 to 1, as 0.8462'),
         ('{"coarse2fine": {"mean": "much"}}', "'much' is not a number"),
         ('{"runs": [1]}', 'not a reference'),
@@ -450,8 +659,87 @@ def test_what_is_no_reference_is_one_line(golden_data, call, tmp_path, text, mes
     assert len(done.err.splitlines()) == 1
 
 
+def test_folds_are_compared_with_the_same_folds(tmp_path):
+    file = tmp_path / 'reference.json'
+    folds = {'0': {'mean': 0.8, 'std': 0.1, 'cases': 20}, '1': {'mean': 0.5, 'cases': 10}, '2': {'mean': None}}
+    file.write_text(json.dumps({'coarse2fine': {'folds': folds}}))
+    (reference,) = read_references(file)
+    assert reference(1, 'coarse2fine', [0]) == {'mean': 0.8, 'std': 0.1, 'cases': 20}
+    assert reference(1, 'coarse2fine', [0, 1]) == {'mean': pytest.approx(0.7)}
+    assert reference(1, 'coarse2fine', [1, 2]) == {}
+    assert reference.of_fold(1, 'coarse2fine', 1)['mean'] == 0.5
+
+
+def write_nih(data, cases=range(1, 83), organs=1):
+    """Lists of four folds of such cases; coarse-to-fine results of folds 0 and 2, DSC 0.8 and 0.6."""
+    names = [f'{case:04d}' for case in cases]
+    (data / 'lists').mkdir(parents=True)
+    (data / 'lists' / 'training_X.txt').write_text(f'0 0 a b 1.5{" 0" * 5 * organs}\n')
+    sizes = [len(names) // 4 + (fold >= 4 - len(names) % 4) for fold in range(4)]
+    for fold in range(4):
+        tested = range(sum(sizes[:fold]), sum(sizes[: fold + 1]))
+        lines = [f'{i} images/{names[i]}.npy labels/{names[i]}.npy\n' for i in tested]
+        (data / 'lists' / f'testing_FD{fold}.txt').write_text(''.join(lines))
+        if fold in (0, 2):
+            folder = data / RESULTS / ROUNDS.replace('FD0', f'FD{fold}')
+            folder.mkdir(parents=True)
+            scores = {'R0': counts(None, 8 if fold == 0 else 6, 10, 10)}
+            content = [
+                {'number': n, 'image_file': f'images/{names[i]}.npy', 'scores': scores} for n, i in enumerate(tested, 1)
+            ]
+            (folder / 'results.json').write_text(json.dumps({'stage': 'coarse2fine', 'cases': content}))
+    return data
+
+
+def column(page, name):
+    """The column `name` of the table of results for coarse to fine: all folds, then each fold."""
+    table = page[page.index('<th scope="col">Result</th>') :].partition('</table>')[0]
+    place = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', table).index(name) - 1
+    rows = table[table.index('<tbody class="main">') :].split('<tr')[1:]
+    return [re.findall(r'<td[^>]*>(.*?)</td>', row, re.S)[place + (i > 0)].strip() for i, row in enumerate(rows)]
+
+
+def test_nih_stands_beside_the_published_figures(report, tmp_path):
+    _, _, page = report(write_nih(tmp_path / 'data'))
+    assert column(page, 'Mean ± std (%)')[1:] == ['80.00 ± 0.00', '60.00 ± 0.00']
+    assert column(page, 'published, PyTorch') == ['–', '84.62 ± 6.62', '']
+    of_both = (84.44 * 20 + 84.12 * 21) / 41
+    assert column(page, 'published, Caffe v2.0') == [f'{of_both:.2f}', '84.44', '84.12']
+    assert column(page, 'fixed-point model')[1:] == ['83.65', '82.20']
+
+
+def test_of_80_nih_cases_only_fold_0_is_the_published_one(report, tmp_path):
+    cases = [case for case in range(1, 83) if case not in (25, 70)]
+    _, _, page = report(write_nih(tmp_path / 'data', cases))
+    assert column(page, 'published, Caffe v2.0') == ['–', '84.44', '']
+
+
+NOT_NIH = {
+    'another number of cases': {'cases': range(1, 82)},
+    'other names': {'cases': range(101, 183)},
+    'two organs': {'organs': 2},
+}
+
+
+@pytest.mark.parametrize('what', [*NOT_NIH, 'a spleen', 'a reference'])
+def test_other_data_does_not_stand_beside_nih(report, tmp_path, what):
+    data = write_nih(tmp_path / 'data', **NOT_NIH.get(what, {}))
+    if what == 'a spleen':
+        (data / 'dataset.json').write_text('{"labels": {"spleen": 1}}')
+    (tmp_path / 'reference.json').write_text('{"name": "ours", "coarse2fine": {"mean": 0.5}}')
+    options = ['--reference', tmp_path / 'reference.json'] if what == 'a reference' else []
+    _, _, page = report(data, *options)
+    assert '84.44' not in page and 'published' not in page
+    assert ('50.00' in page) == bool(options)
+
+
+def test_the_published_file_is_itself_a_reference(golden, report):
+    _, _, page = report(golden, '--reference', PUBLISHED)
+    assert column(page, 'published, PyTorch') == ['84.62 ± 6.62']
+
+
 def test_distances_of_a_reference_may_be_above_one():
-    assert checked_figures('file', 'HD95', {'mean': 5.2, 'cases': 20}) == {'mean': 5.2}
+    assert figures('HD95', {'mean': 5.2, 'cases': 20}) == {'mean': 5.2, 'cases': 20}
 
 
 # --- slices --------------------------------------------------------------------------------------------------------
@@ -483,7 +771,7 @@ def test_contours_run_around_the_voxels():
 @pytest.mark.parametrize('flips', [(1, 1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1)])
 @pytest.mark.parametrize('axes', [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
 def test_slices_stand_upright_whatever_the_axes(axes, flips):
-    """One body, its axes turned and flipped: the axial slice is the same, the front up and the patient's right left."""
+    """One body, axes turned and flipped: the axial slice is the same, front up, right on the left."""
     body = np.zeros((4, 5, 6))  # axes lead to R, A, S
     body[3, 4, :] = 1  # right and front
     volume = body.transpose(axes)[tuple(slice(None, None, flip) for flip in flips)]
@@ -518,9 +806,7 @@ def test_pictures_stay_small(golden, report):
     write_case(golden, '0001', rng.integers(-100, 240, shape).astype(np.int16), np.ones(shape, np.uint8))
     mask = np.ones(shape, np.uint8)
     mask[:, :, 17] = 0
-    for r in range(4):
-        save_volume(golden / RESULTS / ROUNDS / 'volumes' / f'R{r}_1.npz', mask)
-    (golden / TXT).unlink()
+    write_results(golden / RESULTS / ROUNDS, 'coarse2fine', {'0001': {'R0': (np.ones(shape, np.uint8), mask)}})
     _, _, page = report(golden, '--slices', 64)
     first = page[page.index('id="run0_fold0_1"') : page.index('id="run0_fold0_2"')]
     sizes = [json.loads(size) for size in re.findall(r'data-size="([^"]+)"', first)]
@@ -587,7 +873,7 @@ def browser(tmp_path_factory):
 
 
 def test_the_page_in_a_browser(golden, report, browser, tmp_path):
-    """It loads without an error, a slider moves the slice and its contours, a picture of it can be taken."""
+    """It loads without an error, and a slider moves the slice and its contours."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait

@@ -1,4 +1,6 @@
-"""run.sh as a user runs it: everything on a tiny phantom, one stage again, a dry run, a failing stage, Ctrl-C."""
+"""run.sh as a user runs it: lazy mode on a tiny phantom, one stage again, dry runs, settings that are refused, failures,
+several GPUs, signals.
+"""
 
 import argparse
 import os
@@ -9,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from types import SimpleNamespace
 
@@ -56,7 +59,7 @@ def lazy(tmp_path_factory):
     subprocess.run(made, check=True, capture_output=True)
     done = run_sh(LAZY_MODE=1, RAW_PATH=raw, DATA_PATH=data, **TINY)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    return SimpleNamespace(data=data, out=done.stdout, err=done.stderr)
+    return SimpleNamespace(raw=raw, data=data, out=done.stdout)
 
 
 def test_lazy_mode_runs_every_stage_in_order(lazy):
@@ -99,6 +102,25 @@ def test_one_stage_again_takes_the_newest_snapshots_and_the_stored_volumes(lazy)
     assert 'the newest is taken' in done.stdout
     assert results.read_text() == before
     assert {path: path.stat().st_mtime_ns for path in folder.rglob('*.npz')} == times
+
+
+def test_lazy_mode_again_converts_and_initializes_only_what_has_changed(lazy, tmp_path):
+    data = shutil.copytree(lazy.data, tmp_path / 'moved')
+    pretrained = next((data / 'models/pretrained').glob('*.pth'))
+    pretrained.write_bytes(b'')  # the run ends when training begins
+    flags = TINY | {'LAZY_MODE': 1, 'RAW_PATH': lazy.raw, 'DATA_PATH': data}
+    same = run_sh(**flags).stdout
+    assert same.count(f'converted before: nothing in {lazy.raw} has changed') == 2
+    assert 'initialized before: nothing has changed' in same and 'models/pretrained holds an FCN-8s' in same
+    label = next(lazy.raw.rglob('label0001.nii.gz'))
+    label.write_bytes(label.read_bytes())
+    changed = run_sh(**flags).stdout
+    assert 'before' not in changed and f'4 cases in 2 folds, lists in {data}' in changed
+    assert stages(same) == stages(changed) == STAGES[:6]
+    asked = run_sh(
+        **flags | {'LAZY_MODE': 0, 'ENABLE_DICOM2NPY': 1, 'ENABLE_INITIALIZATION': 1, 'ENABLE_CHECK_DATA': 0}
+    )
+    assert (asked.returncode, 'before' in asked.stdout) == (0, False), 'a stage that is asked for runs'
 
 
 def test_a_relative_data_path_is_seen_from_where_one_stands(lazy):
@@ -179,6 +201,136 @@ def test_without_a_switch_nothing_is_done(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_it_runs_through_a_symbolic_link_and_by_bash_only(tmp_path):
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/link').symlink_to(os.path.relpath(REPO / 'run.sh', tmp_path / 'bin'))
+    (tmp_path / 'run.sh').symlink_to('bin/link')
+    (tmp_path / 'sh').symlink_to(shutil.which('bash'))
+    flags = environment(DRY_RUN=1, ENABLE_REPORT=1, CDPATH=REPO)
+    done = subprocess.run(['bash', 'run.sh'], cwd=tmp_path, env=flags, check=True, capture_output=True, text=True)
+    assert commands(done.stdout) == [
+        ('OrganSegRSTN/report.py', [f'{REPO}/data', '--low_range', '-100', '--high_range', '240'])
+    ]
+    for shell in ('sh', 'dash', tmp_path / 'sh'):
+        if shutil.which(shell):
+            done = subprocess.run([shell, REPO / 'run.sh'], env=flags, check=False, capture_output=True, text=True)
+            assert (done.returncode, done.stdout, done.stderr) == (2, '', 'run.sh needs bash: bash run.sh\n')
+
+
+def test_overwrite_goes_to_every_stage_that_finds_results_or_lists(tmp_path, parsed):
+    flags = {'DRY_RUN': 1, 'DATA_PATH': tmp_path, 'RAW_PATH': tmp_path, 'LAZY_MODE': 1, 'WRITE_NIFTI': 1,
+             'ORGAN_NUMBER': 2, 'CURRENT_ORGAN_ID': '1 2'}  # fmt: skip
+    for overwrite in (0, 1):
+        found = commands(run_sh(**flags, OVERWRITE=overwrite).stdout)
+        named = {script.split('/')[1] for script, arguments in found if '--overwrite' in arguments}
+        assert named == ({'init.py', 'coarse_testing.py', 'coarse_fusion.py', 'oracle_testing.py', 'oracle_fusion.py',
+                          'coarse2fine_testing.py', 'merge_organs.py'} if overwrite else set())  # fmt: skip
+    assert all(parsed(*command).overwrite for command in found if '--overwrite' in command[1])
+
+
+# --- what is refused before anything runs ---------------------------------------------------------------------------
+
+WRONG = {
+    'CURRENT_PLANE': ['Q', 'x', 'XY'], 'COARSE_TESTING_PLANE': ['B'], 'CURRENT_FOLD': ['4', '-1', 'all'],
+    'CURRENT_ORGAN_ID': ['', ' ', '2', '0', '1 1', '1,2', '*'], 'ORACLE_FUSION_ORGAN_ID': [' ', '2'],
+    'ORGAN_NUMBER': ['0', '256', 'one'], 'FOLDS': ['0', '1', '2.5'], 'LOW_RANGE': ['-100,5', 'low', '240', 'nan'],
+    'HIGH_RANGE': ['-100', ' '], 'SLICE_THRESHOLD': ['-1', 'most'], 'SLICE_THICKNESS': ['2', '33'],
+    'CURRENT_GPU': ['gpu0', '0,', '-1', '0 1'], 'PLANE_GPUS': ['0 1', 'a b c', ' 0 1 2'], 'PRECISION': ['fp16', 'FP32'],
+    'SEED': ['-1', '1.5'], 'LABEL_ORIENTATION': ['turned'], 'PRETRAINING_WIDTH': ['0', '2'],
+    'PRETRAINING_EPOCHS': ['0', 'ten'], 'PRETRAINING_LEARNING_RATE': ['0', 'fast'], 'LEARNING_RATE1': ['-1e-5', '1e-', '1e-5,'],
+    'LEARNING_RATE_M1': ['x10', '0'], 'TRAINING_MARGIN': ['-1', '20px', '1e1'], 'TRAINING_PROB': ['1.5', '50%'],
+    'TRAINING_SAMPLE_BATCH': ['0'], 'TRAINING_EPOCH_S': ['-1', 'two'], 'TRAINING_EPOCH_J': ['0.5'], 'LR_DECAY_EPOCH_J_STEP': ['0'],
+    'FINE_ITERATIONS': ['0'], 'COARSE_FUSION_THRESHOLD': ['1.1', '-0.1'], 'MAX_ROUNDS': ['-1', '10 '], 'STOP_DSC': ['99'],
+    'TRAINING_TIMESTAMP': ['a/b'], 'COARSE2FINE_TIMESTAMP1_Y': ['../x'], 'ENABLE_TRAINING': ['yes'], 'OVERWRITE': ['2'],
+    'DRY_RUN': ['no'], 'REPORT_REFERENCE': ['/no/such/file'], 'DATA_PATH': [__file__],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'), [(name, value) for name, values in WRONG.items() for value in values], ids=ascii
+)
+def test_a_setting_that_cannot_be_right_is_refused_by_name(tmp_path, name, value):
+    flags = {'DATA_PATH': tmp_path / 'data', 'DRY_RUN': 1, 'LAZY_MODE': 1, 'RAW_PATH': tmp_path, name: value}
+    done = run_sh(**flags)
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1)
+    other = 'LOW_RANGE' if name == 'HIGH_RANGE' else name  # of two that contradict each other the first is named
+    assert re.match(f'run.sh: ({name}|{other}) is ', done.stderr) and value.strip() in done.stderr
+
+
+def test_a_list_of_raw_scans_to_convert_is_needed(tmp_path):
+    done = run_sh(ENABLE_NII2NPY=1, DATA_PATH=tmp_path / 'data')
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1)
+    assert 'RAW_PATH is empty: name the folder of the raw scans' in done.stderr
+
+
+def test_one_fold_is_enough_where_nothing_is_trained(tmp_path):
+    assert len(commands(run_sh(DRY_RUN=1, ENABLE_COARSE_TESTING=1, FOLDS=1, DATA_PATH=tmp_path).stdout)) == 3
+
+
+@pytest.mark.parametrize(
+    'stage', ['COARSE_TESTING', 'COARSE_FUSION', 'ORACLE_TESTING', 'ORACLE_FUSION', 'FINE_TESTING']
+)
+@pytest.mark.parametrize(('epochs', 'trained'), [('S', 2), ('I', 6), ('J', 8), ('STEP', 2)])
+def test_epochs_that_the_published_run_sh_repeats_must_be_those_of_the_training(tmp_path, stage, epochs, trained):
+    flags = {'DRY_RUN': 1, 'ENABLE_COARSE_FUSION': 1, 'DATA_PATH': tmp_path}
+    assert run_sh(**flags, **{f'{stage}_EPOCH_{epochs}': trained}).returncode == 0
+    done = run_sh(**flags, **{f'{stage}_EPOCH_{epochs}': trained + 1})
+    training = 'LR_DECAY_EPOCH_J_STEP' if epochs == 'STEP' else f'TRAINING_EPOCH_{epochs}'
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith(f"run.sh: {stage}_EPOCH_{epochs} is '{trained + 1}', but {training} is '{trained}'")
+
+
+def test_a_later_fold_without_pretraining_is_found_before_the_first_is_trained(data):
+    (data / 'models/pretrained').mkdir(parents=True)
+    (data / 'models/pretrained/fcn8s_FD0_1.pth').touch()
+    flags = {'ENABLE_TRAINING': 1, 'DATA_PATH': data, 'CURRENT_FOLD': 'A', 'FOLDS': 2}
+    done = run_sh(**flags)
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1)
+    assert done.stderr.startswith('run.sh: fold 1, organ 1: no FCN-8s to start from in models/pretrained')
+    (data / 'models/pretrained/fcn8s_from_vgg16.pth').touch()
+    assert stages(run_sh(**flags).stdout) == ['training'], 'one for all folds'
+
+
+# --- a python, and a folder for .venv -------------------------------------------------------------------------------
+
+
+def test_a_python_that_is_missing_or_lacks_numpy_is_one_line(tmp_path):
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'bare'], check=True)
+    bare = f'{tmp_path}/bare/bin/python'
+    for python, says in (
+        ('/no/python', "PYTHON is '/no/python': there is no such command"),
+        ('false', "PYTHON is 'false', which does not start as python 3.10 or newer"),
+        (bare, f"install them: {bare} -m pip install -r '{REPO}/requirements.txt'"),
+    ):
+        done = run_sh(ENABLE_REPORT=1, DATA_PATH=tmp_path, PYTHON=python)
+        assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1)
+        assert says in done.stderr
+    assert 'lacks torch numpy scipy' in done.stderr
+
+
+@pytest.mark.skipif(os.getuid() == 0 and not shutil.which('setpriv'), reason='root writes anywhere')
+def test_a_repository_that_cannot_be_written_to_is_one_line():
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ('run.sh', 'plumbing.sh', 'setup.sh', 'requirements.txt'):
+            shutil.copy(REPO / name, folder)
+        shutil.copytree(REPO / 'SWIG_fast_functions', f'{folder}/SWIG_fast_functions')
+        os.chmod(folder, 0o555)
+        user = ['setpriv', '--reuid=65534', '--regid=65534', '--clear-groups'] if os.getuid() == 0 else []
+        command = [*user, 'bash', f'{folder}/run.sh']
+        done = subprocess.run(
+            command, env=environment(ENABLE_REPORT=1, PYTHON=''), cwd='/', check=False, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (1, '')
+        assert done.stderr == (
+            f'{folder} cannot be written to, so .venv cannot be made there; name a python that has requirements.txt '
+            'installed: PYTHON=... bash run.sh\n'
+        )
+        os.chmod(folder, 0o755)
+
+
+# --- what runs, and how it fails ------------------------------------------------------------------------------------
+
+
 def test_a_past_training_is_tested_by_its_timestamp_and_one_plane_alone(tmp_path, parsed):
     done = run_sh(DRY_RUN=1, ENABLE_COARSE_TESTING=1, ENABLE_COARSE2FINE_TESTING=1, DATA_PATH=tmp_path, CURRENT_PLANE='Y',
                   COARSE_TIMESTAMP1='20250101_000000', COARSE2FINE_TIMESTAMP1_Z='20250102_000000')  # fmt: skip
@@ -194,13 +346,15 @@ def test_a_failing_stage_stops_the_run_and_is_named_last(tmp_path):
     assert done.stderr.splitlines()[-1] == 'run.sh: stopped in initialization (exit code 1)'
 
 
-def test_a_failing_training_does_not_hide_behind_its_log(data):
+def test_a_failing_training_does_not_hide_behind_its_log_and_leaves_nothing_to_go_on_from(data):
+    (data / 'models/pretrained').mkdir(parents=True)
+    (data / 'models/pretrained/fcn8s_FD0_1.pth').write_bytes(b'no weights')
     done = run_sh(ENABLE_TRAINING=1, ENABLE_COARSE_TESTING=1, DATA_PATH=data)
     assert done.returncode == 1
     assert stages(done.stdout) == ['training']
-    assert done.stderr.splitlines()[-1] == 'run.sh: stopped in training of fold 0, organ 1, plane X (exit code 1)'
-    log = next((data / 'logs').iterdir())
-    assert 'no FCN-8s to start from' in log.read_text()
+    log, error, stopped = next((data / 'logs').iterdir()), *done.stderr.splitlines()
+    assert stopped == 'run.sh: stopped in training of fold 0, organ 1, plane X (exit code 1)'
+    assert 'fcn8s_FD0_1.pth' in error and 'fcn8s_FD0_1.pth' in log.read_text()
 
 
 def test_ctrl_c_in_training_keeps_snapshot_and_log_and_runs_nothing_more(lazy, data):
@@ -222,11 +376,6 @@ def test_ctrl_c_in_training_keeps_snapshot_and_log_and_runs_nothing_more(lazy, d
     assert (data / 'models/snapshots/SIJ_training_1e-5x10,20/FD0:XS3_1.pkl').exists()
     *_, saved, ended = log.read_text().splitlines()
     assert '0XS interrupted: saved as it was' in saved and ended == 'ended by KeyboardInterrupt'
-
-
-def test_run_sh_and_setup_are_valid_shell():
-    for script in ('run.sh', 'setup.sh', 'tests/run.sh', '.ci/run'):
-        subprocess.run(['bash', '-n', REPO / script], check=True)
 
 
 def test_fold_A_and_several_organs_are_all_folds_of_each(tmp_path, parsed):
@@ -258,12 +407,6 @@ def test_the_demos_settings_go_with_its_folder_which_takes_no_other_scans(tmp_pa
     done = run_sh(DRY_RUN=1, LAZY_MODE=1, DATA_PATH=tmp_path, RAW_PATH=tmp_path / 'raw')
     assert (done.returncode, commands(done.stdout)) == (2, [])
     assert "is the demo's folder: name another DATA_PATH" in done.stderr
-
-
-def test_a_switch_that_is_neither_0_nor_1_is_refused(tmp_path):
-    done = run_sh(DRY_RUN=1, ENABLE_TRAINING='yes', DATA_PATH=tmp_path)
-    assert done.returncode == 2
-    assert "ENABLE_TRAINING is 'yes', not 0 or 1" in done.stderr
 
 
 # --- several GPUs, and signals -------------------------------------------------------------------------------------
@@ -338,12 +481,8 @@ def test_plane_gpus_are_one_for_each_plane_and_the_first_for_what_takes_one(tmp_
         for script in ('training.py', 'coarse_testing.py')
         for plane, gpu in (('X', '4'), ('Y', 'cpu'), ('Z', '6'))
     ]  # fmt: skip
-    assert [arguments[8] for _, script, arguments in found if script in ('pretrain.py', 'coarse2fine_testing.py')] == [
-        '4',
-        '4',
-    ]
-    done = run_sh(**flags, PLANE_GPUS='0 1')
-    assert (done.returncode, "PLANE_GPUS is '0 1', not one for each" in done.stderr) == (2, True)
+    one = [arguments[8] for _, script, arguments in found if script in ('pretrain.py', 'coarse2fine_testing.py')]
+    assert one == ['4', '4']
 
 
 SETTINGS = {'TRAINING_MARGIN': '4', 'TRAINING_EPOCH_S': '1', 'TRAINING_EPOCH_I': '1', 'TRAINING_EPOCH_J': '1',
@@ -387,11 +526,8 @@ def test_a_signal_to_run_sh_ends_all_planes_before_it_ends(tested, tmp_path, num
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == code
-    assert sorted(line[0] for line in out.splitlines() if line[3:].startswith('stopped: the volumes in')) == [
-        'X',
-        'Y',
-        'Z',
-    ]
+    stopped = [line[0] for line in out.splitlines() if line[3:].startswith('stopped: the volumes in')]
+    assert sorted(stopped) == ['X', 'Y', 'Z']
     assert err.splitlines()[-1].startswith('run.sh: stopped in coarse testing of fold 0, organ 1')
     assert [path.name for path in tested.rglob('.*')] == []
 
@@ -412,9 +548,3 @@ def test_a_stopped_training_of_run_shs_own_timestamp_says_how_to_go_on(lazy, dat
     assert f'to go on where it stopped: TRAINING_TIMESTAMP={stamp} before the same command' in err
     done = run_sh(**flags, TRAINING_TIMESTAMP=stamp)
     assert done.returncode == 0 and f'resumed from: {checkpoint}' in done.stdout
-
-
-def test_a_training_that_never_began_leaves_nothing_to_go_on_from(data):
-    done = run_sh(ENABLE_TRAINING=1, DATA_PATH=data)
-    assert done.returncode == 1 and 'no FCN-8s to start from' in done.stderr
-    assert 'to go on' not in done.stderr

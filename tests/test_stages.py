@@ -1,6 +1,6 @@
 """Coarse and oracle testing, fusion and coarse to fine on tiny cases: what is computed, stored, reused and printed."""
 
-import json
+import itertools
 import math
 import re
 import shutil
@@ -12,14 +12,18 @@ import pytest
 import torch
 from conftest import FOLDER, coarse2fine_args, fusion_args, run_script, tiny_weights, training_args
 
-import coarse2fine_testing
 from model import RSTN
 from running.data_folder import read_cases
 from utils import DSC_computation
-from volumes.rounds import fine_rounds
-from volumes.testing import predict_volume, to_bytes
+from volumes.rounds import coarse_to_fine, stopped_at
+from volumes.testing import PlaneSettings, predict_volume, to_bytes
 
-CPU = torch.device('cpu')
+
+def within(low, high, thickness=3):
+    """Settings of a test on the CPU with this intensity window."""
+    return PlaneSettings((low, high), thickness, 4, torch.device('cpu'), 'fp32')
+
+
 COARSE = 'results/coarse_testing_1e-5x10,4'
 FINE = 'results/coarse2fine_testing_1e-5x10,4/FD0:XJ3_1,YJ3_1,ZJ3_1:e1111_0.5_0.5,2'
 DICE = r'2 \* \d+ / \(\d+ \+ \d+\) = \d\.\d+'
@@ -67,7 +71,7 @@ def test_every_window_is_seen_clipped_and_scaled_and_averaged_back():
     image = np.arange(2 * 3 * 4).reshape(2, 3, 4).astype(np.int16) * 10 - 20
     for plane in 'XYZ':
         net = Recorder()
-        found = predict_volume(net, image, plane, (0, 200), 3, CPU)
+        found = predict_volume(net, image, plane, within(0, 200))
         assert [tuple(seen['image'].shape[:2]) for seen in net.seen] == [(image.shape['XYZ'.index(plane)], 3)]
         np.testing.assert_allclose(found, np.clip(image, 0, 200) / 200, atol=1e-6)
         assert found.dtype == np.float32
@@ -78,7 +82,7 @@ def test_coarse_windows_go_in_batches_of_so_many_pixels_and_marked_ones_singly(m
     monkeypatch.setattr('volumes.testing.PIXELS_AT_ONCE', 13)  # two slices of 2 x 3 pixels
     for marks, batches in (({}, [2, 2, 1]), ({'label': label}, [1] * 5)):
         net = Recorder()
-        found = predict_volume(net, image, 'Z', (0, 30), 3, CPU, **marks)
+        found = predict_volume(net, image, 'Z', within(0, 30), **marks)
         assert [len(seen['image']) for seen in net.seen] == batches
         np.testing.assert_allclose(found, image / 30, atol=1e-6)
 
@@ -87,10 +91,10 @@ def test_coarse_windows_go_in_batches_of_so_many_pixels_and_marked_ones_singly(m
 def test_volumes_of_one_and_two_slices_work(slices):
     image = np.random.default_rng(0).integers(0, 200, (4, 5, slices))
     for thickness in (1, 3):
-        found = predict_volume(Recorder(), image, 'Z', (0, 200), thickness, CPU) if thickness == 3 else image / 200
+        found = predict_volume(Recorder(), image, 'Z', within(0, 200, thickness)) if thickness == 3 else image / 200
         np.testing.assert_allclose(found, image / 200, atol=1e-6)
     net = RSTN(n_class=1, TEST='C', width=3).eval()
-    assert predict_volume(net, image, 'Z', (0, 200), 1, CPU).shape == image.shape
+    assert predict_volume(net, image, 'Z', within(0, 200, 1)).shape == image.shape
 
 
 def test_windows_without_a_voxel_of_label_are_skipped():
@@ -98,7 +102,7 @@ def test_windows_without_a_voxel_of_label_are_skipped():
     label = np.zeros(image.shape, bool)
     label[0, 0, 5] = True
     net = Recorder()
-    found = predict_volume(net, image, 'Z', (0, 200), 3, CPU, label=label)
+    found = predict_volume(net, image, 'Z', within(0, 200), label=label)
     assert [seen['label'][0, :, 0, 0].tolist() for seen in net.seen] == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
     # windows 4, 5, 6 of 0..6; slice 3 is covered by 2, 3, 4, slice 6 by 5, 6
     np.testing.assert_allclose(found[0, 0] * 2, [0, 0, 0, 1 / 3, 2 / 3, 1, 1], atol=1e-6)
@@ -108,7 +112,7 @@ def test_fine_testing_hands_on_score_and_mask_of_the_window():
     image, mask = np.zeros((2, 2, 3)), np.ones((2, 2, 3), np.uint8)
     score = np.broadcast_to(np.array([0.25, 0.5, 0.75], np.float32), (2, 2, 3))
     net = Recorder()
-    predict_volume(net, image, 'Z', (0, 200), 3, CPU, score=score, mask=mask)
+    predict_volume(net, image, 'Z', within(0, 200), score=score, mask=mask)
     assert [seen['score'][0, :, 0, 0].tolist() for seen in net.seen] == [
         [0.25, 0.25, 0.5],
         [0.25, 0.5, 0.75],
@@ -275,15 +279,15 @@ SCORES = [(0.5, math.nan), (0.6, 0.85), (0.7, 0.92), (0.8, 0.985), (0.9, 0.97)]
     [(0.8, 0.6), (0.85, 0.6), (0.90, 0.7), (0.95, 0.8), (0.98, 0.8), (0.99, 0.9)],  # the last: never reached
 )
 def test_stopping_is_at_the_first_round_that_agrees_else_at_the_last(agreement, score):
-    assert coarse2fine_testing.stopped_at(SCORES, agreement) == score
+    assert stopped_at(SCORES, agreement) == score
 
 
 def test_a_round_of_dice_0_is_not_passed_over():
-    assert coarse2fine_testing.stopped_at([(0.5, math.nan), (0.0, 0.95), (0.7, 0.95)], 0.9) == 0
+    assert stopped_at([(0.5, math.nan), (0.0, 0.95), (0.7, 0.95)], 0.9) == 0
 
 
 def test_without_fine_rounds_round_0_is_the_last():
-    assert coarse2fine_testing.stopped_at([(0.5, math.nan)], 0.9) == 0.5
+    assert stopped_at([(0.5, math.nan)], 0.9) == 0.5
 
 
 class Says:
@@ -301,31 +305,44 @@ def one_row(*values):
     return np.array([[values]], np.float32)
 
 
+def in_bytes(*values):
+    return np.array([[values]], np.uint8)
+
+
+def test_round_0_is_the_sum_of_the_coarse_bytes_over_765():
+    volumes = [in_bytes(255, 128, 1), in_bytes(255, 127, 0), in_bytes(255, 128, 0)]
+    mask, score = next(coarse_to_fine(volumes, [], None, 0.5, 1))
+    assert score.dtype == np.float32
+    assert score.ravel().tolist() == [1, np.float32(383) / np.float32(765), np.float32(1) / np.float32(765)]
+    assert mask.ravel().tolist() == [1, 1, 0]
+
+
 def test_a_round_is_seen_with_the_mean_score_and_the_processed_mask_of_the_one_before():
     x = Says(one_row(0.9, 0.9, 0, 0, 0, 0, 0.3, 0, 0), one_row(*[0] * 9))
     y = Says(one_row(0.6, 0.9, 0, 0, 0, 0, 0.6, 0, 0), one_row(*[0] * 9))
     z = Says(one_row(0.3, 0.0, 0, 0, 0, 0, 0.6, 0, 0), one_row(*[0] * 9))
-    start, mask = one_row(*[0.4] * 9), np.ones((1, 1, 9), np.uint8)
-    rounds = list(fine_rounds([x, y, z], None, start, mask, 0.5, 1))
-    assert [mask.ravel().tolist() for _, mask in rounds] == [
+    coarse = [in_bytes(*[200] * 9)] * 3
+    rounds = list(coarse_to_fine(coarse, [x, y, z], None, 0.5, 1))
+    assert [mask.ravel().tolist() for mask, _ in rounds] == [
+        [1] * 9,
         [1, 1, 0, 0, 0, 0, 1, 0, 0],
         [0] * 9,
-    ]  # the second, empty, is the last
-    assert all(tester.given[0][0] is start and tester.given[0][1] is mask for tester in (x, y, z))
-    score, mask = z.given[1]
-    assert score is rounds[0][0] and mask is rounds[0][1]
-    np.testing.assert_allclose(score, one_row(0.6, 0.6, 0, 0, 0, 0, 0.5, 0, 0), atol=1e-6)
-    assert mask.ravel().tolist() == [1, 1, 0, 0, 0, 0, 1, 0, 0]
+    ]  # the last, empty, ends the rounds
+    for r in (0, 1):
+        assert all(tester.given[r][0] is rounds[r][1] and tester.given[r][1] is rounds[r][0] for tester in (x, y, z))
+    np.testing.assert_allclose(rounds[1][1], one_row(0.6, 0.6, 0, 0, 0, 0, 0.5, 0, 0), atol=1e-6)
 
 
-def test_small_components_are_removed_from_every_fine_round():
+def test_small_components_are_removed_from_every_fine_round_but_not_from_round_0():
     says = Says(one_row(1, 1, 1, 0, 1, 0, 0, 0, 0, 0))
-    _, mask = next(fine_rounds([says], None, one_row(*[0.4] * 10), np.ones((1, 1, 10), np.uint8), 0.5, 1))
-    assert mask.ravel().tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
+    coarse = [in_bytes(255, 255, 255, 0, 255, 0, 0, 0, 0, 0)] * 3
+    (first, _), (second, _) = itertools.islice(coarse_to_fine(coarse, [says], None, 0.5, 1), 2)
+    assert first.ravel().tolist() == [1, 1, 1, 0, 1, 0, 0, 0, 0, 0]
+    assert second.ravel().tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_an_empty_round_0_has_no_fine_rounds():
-    assert not list(fine_rounds([Says()], None, one_row(0.1), np.zeros((1, 1, 1), np.uint8), 0.5, 1))
+    assert len(list(coarse_to_fine([in_bytes(25)] * 3, [Says()], None, 0.5, 1))) == 1
 
 
 def test_coarse_to_fine_lines_volumes_and_their_reuse(tested, call):
@@ -344,8 +361,8 @@ def test_coarse_to_fine_lines_volumes_and_their_reuse(tested, call):
 
     # round 0 is the mean of the three coarse volumes, which are stored as coarse testing does
     paths = [tested / COARSE / f'FD0:{plane}J3_1.pkl/volumes/e1111_1.npz' for plane in 'XYZ']
-    mean = sum(volume(path) / np.float32(255) for path in paths) / np.float32(3)
-    np.testing.assert_array_equal(volume(folder / 'volumes/R0_1.npz'), mean >= 0.5)
+    total = sum(volume(path).astype(int) for path in paths)
+    np.testing.assert_array_equal(volume(folder / 'volumes/R0_1.npz'), total >= 0.5 * 765)
     assert len(list((folder / 'volumes').iterdir())) == 6
     coarse = volume(paths[2])
     paths[2].unlink()
@@ -445,27 +462,57 @@ def test_a_timestamp_is_in_every_name(tested, call):
 # --- what stored volumes were made with ----------------------------------------------------------------------------
 
 
-def test_volumes_made_with_another_snapshot_or_window_are_made_again(tested, call):
+def change_snapshot(data, args):
+    torch.save(tiny_weights(seed=8), data / 'models/snapshots' / FOLDER / 'FD0:ZJ3_1.pkl')
+    return args
+
+
+def change_window(data, args):
+    return [*args[:4], 400, *args[5:]]
+
+
+def change_scan(data, args):
+    image = data / read_cases(data, 'testing', 0)[0].image_file
+    np.save(image, np.load(image)[::-1])
+    return args
+
+
+def change_precision(data, args):
+    return [*args, '--precision', 'bf16']
+
+
+def damage_run_json(data, args):
+    (data / COARSE / 'FD0:ZJ3_1.pkl/run.json').write_text('{"window"')
+    return args
+
+
+@pytest.mark.parametrize(
+    ('change', 'why'),
+    [
+        (change_snapshot, r'snapshot FD0:ZJ3_1.pkl was \w{64}, is \w{64}'),
+        (change_window, r'window was \[-100.0, 240.0\], is \[-100.0, 400.0\]'),
+        (change_scan, r'case 1 image_file was images/0001.npy \w{64}, is images/0001.npy \w{64}'),
+        (change_precision, 'precision was fp32, is bf16'),
+        (damage_run_json, 'not a readable run.json'),
+    ],
+)
+def test_volumes_made_with_other_settings_are_an_error_that_names_the_cure(tested, call, change, why):
     folder = tested / COARSE / 'FD0:ZJ3_1.pkl'
     succeeded(call('coarse_testing.py', *training_args(tested)))
-    before = lines(folder)
-    torch.save(tiny_weights(seed=8), tested / 'models/snapshots' / FOLDER / 'FD0:ZJ3_1.pkl')
-    assert 'made again' in succeeded(call('coarse_testing.py', *training_args(tested))).out
-    assert lines(folder) != before
-    before = lines(folder)
-    args = training_args(tested)
-    args[4] = 400
-    assert 'made again' in succeeded(call('coarse_testing.py', *args)).out
-    assert lines(folder) != before
-
-
-def test_volumes_of_other_scans_are_made_again(tested, call):
-    succeeded(call('coarse_testing.py', *training_args(tested)))
-    image = tested / read_cases(tested, 'testing', 0)[0].image_file
-    np.save(image, np.load(image)[::-1])
-    before = lines(tested / COARSE / 'FD0:ZJ3_1.pkl')
-    assert 'made again' in succeeded(call('coarse_testing.py', *training_args(tested))).out
-    assert lines(tested / COARSE / 'FD0:ZJ3_1.pkl') != before
+    before, figures = times(folder), lines(folder)
+    args = change(tested, training_args(tested))
+    done = call('coarse_testing.py', *args)
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert re.search(rf'{why}.+--overwrite \(OVERWRITE=1 in run.sh\)', done.err)
+    assert (times(folder), lines(folder)) == (before, figures), 'nothing of it is lost'
+    done = call(
+        'coarse2fine_testing.py', *coarse2fine_args(tested)[:3], *args[3:8], *coarse2fine_args(tested)[8:], *args[23:]
+    )
+    if change != change_precision:
+        assert done.code == 1 and times(folder) == before, 'coarse to fine leaves the folder as it is'
+    succeeded(call('coarse_testing.py', *args, '--overwrite'))
+    assert not times(folder).items() & before.items()
+    succeeded(call('coarse_testing.py', *args))
 
 
 def test_a_first_attempt_without_the_snapshot_leaves_nothing(tested, call):
@@ -487,12 +534,11 @@ def test_a_snapshot_that_is_gone_costs_no_volume(tested, call):
     assert times(tested) == before
 
 
-def test_volumes_of_another_precision_are_made_again_and_agree(tested, call):
+def test_volumes_of_another_precision_agree(tested, call):
     folder = tested / 'results/coarse_testing_1e-5x10,4/FD0:ZJ3_1.pkl'
     succeeded(call('coarse_testing.py', *training_args(tested)))
     exact = volume(folder / 'volumes/e1111_1.npz')
-    done = succeeded(call('coarse_testing.py', *training_args(tested), '--precision', 'bf16'))
-    assert '2 volumes made with other settings are made again (precision: fp32, now bf16)' in done.out
+    succeeded(call('coarse_testing.py', *training_args(tested), '--precision', 'bf16', '--overwrite'))
     half = volume(folder / 'volumes/e1111_1.npz')
     assert not np.array_equal(half, exact)
     assert np.mean((half >= 128) != (exact >= 128)) < 0.01
@@ -507,19 +553,6 @@ def test_a_published_folder_of_volumes_without_run_json_is_taken_as_it_is(tested
     assert times(folder) == before
 
 
-@pytest.mark.parametrize('damage', [b'', b'\xff\xfe', b'[1]', b'{"runs": 3}', 40], ids=str)
-def test_volumes_beside_a_damaged_run_json_are_made_again(tested, call, damage):
-    succeeded(call('coarse_testing.py', *training_args(tested)))
-    folder = tested / COARSE / 'FD0:ZJ3_1.pkl'
-    whole, before = json.loads((folder / 'run.json').read_text()), times(folder)
-    content = (folder / 'run.json').read_bytes()
-    (folder / 'run.json').write_bytes(content[:damage] if isinstance(damage, int) else damage)
-    done = succeeded(call('coarse_testing.py', *training_args(tested)))
-    assert re.search(r'2 volumes made with unknown settings are made again \(.*/run.json: not a readable', done.out)
-    assert not times(folder).items() & before.items()
-    assert json.loads((folder / 'run.json').read_text()) == whole
-
-
 def test_fusion_names_a_planes_damaged_run_json(tested, call):
     for plane in 'XYZ':
         succeeded(call('coarse_testing.py', *training_args(tested, plane)))
@@ -527,16 +560,6 @@ def test_fusion_names_a_planes_damaged_run_json(tested, call):
     done = call('coarse_fusion.py', *fusion_args(tested))
     assert (done.code, len(done.err.splitlines())) == (1, 1)
     assert 'FD0:YJ3_1.pkl/run.json: not a readable run.json' in done.err and 'run the stage' in done.err
-
-
-def test_figures_go_with_the_volumes_that_they_were_made_of(tested, call):
-    succeeded(call('coarse_testing.py', *training_args(tested)))
-    args = coarse2fine_args(tested)
-    args[4] = 400  # another window: coarse to fine makes the coarse volumes again
-    succeeded(call('coarse2fine_testing.py', *args))
-    folder = tested / COARSE / 'FD0:ZJ3_1.pkl'
-    assert len(list(folder.glob('volumes/*.npz'))) == 2
-    assert not (folder / 'results.txt').exists()
 
 
 # --- predictions as NIfTI ------------------------------------------------------------------------------------------
@@ -563,7 +586,7 @@ def test_every_stage_writes_its_final_predictions_beside_their_volumes(tested, c
 
 def test_a_case_that_stops_early_has_its_last_round_as_nifti(tested, call):
     succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested), '--nifti'))
-    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested), '--nifti', '--stop_DSC', 0.01))
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested), '--nifti', '--stop_DSC', 0.01, '--overwrite'))
     assert sorted(path.name for path in (tested / FINE).rglob('*.nii.gz')) == ['R1_1.nii.gz', 'R1_2.nii.gz']
 
 
@@ -574,7 +597,7 @@ def test_stop_DSC_ends_a_case_where_two_rounds_agree_and_its_last_score_goes_on(
     args = coarse2fine_args(tested)
     succeeded(call('coarse2fine_testing.py', *args))
     full = lines(tested / FINE)
-    succeeded(call('coarse2fine_testing.py', *args, '--stop_DSC', 0.01))
+    succeeded(call('coarse2fine_testing.py', *args, '--stop_DSC', 0.01, '--overwrite'))
     text = lines(tested / FINE)
     assert text[:5] == full[:5]  # round 1 agrees with round 0 by more than 0.01
     assert text[5] == '  Testcase 2:'

@@ -17,7 +17,7 @@ import pretrain
 import training
 from model import RSTN, FCN8s, load_RSTN
 from running.checkpoint import Run
-from running.weights import load_weights
+from running.weights import describe, description, load_weights
 from training import end_epoch, make_optimizer, starting_model, train_epoch
 
 CPU = torch.device('cpu')
@@ -145,14 +145,14 @@ def test_converting_something_else_is_one_line(data, call):
 # --- where training starts from ------------------------------------------------------------------------------------
 
 
-def save_pretrained(data, name, n_class=3, **trained_on):
+def save_pretrained(data, name, n_class=3, **facts):
     path = data / 'models/pretrained' / name
     path.parent.mkdir(parents=True, exist_ok=True)
     network = FCN8s(n_class, width=4)
     torch.nn.init.normal_(network.score_fr.weight)
     state = network.state_dict()
-    if trained_on:
-        state._metadata['trained_on'] = trained_on
+    if facts:
+        describe(state, **facts)
     torch.save(state, path)
     return state
 
@@ -161,7 +161,7 @@ def save_pretrained(data, name, n_class=3, **trained_on):
 def test_both_networks_start_from_all_but_the_score_layers(data, name, n_class, capsys):
     state = save_pretrained(data, name, n_class)
     args = settings(data, plane='Z')
-    model = starting_model(args, Run(None, args))
+    model = starting_model(args)
     assert name in capsys.readouterr().out, 'it says which file it took'
     for network in (model.coarse_model, model.fine_model):
         for key, tensor in network.state_dict().items():
@@ -176,7 +176,7 @@ def test_both_networks_start_from_all_but_the_score_layers(data, name, n_class, 
 def test_score_layers_are_taken_over_from_a_pretraining_of_the_same_organ(data, organ, taken):
     state = save_pretrained(data, 'fcn8s_FD0_1.pth', organ_ID=organ, cases=['images/0003.npy', 'images/0004.npy'])
     args = settings(data, plane='Z')
-    model = starting_model(args, Run(None, args))
+    model = starting_model(args)
     assert torch.equal(model.fine_model.score_fr.weight, state['score_fr.weight']) == taken
 
 
@@ -192,7 +192,7 @@ def test_another_folds_start_is_refused(trained, initialized, data, call):
     args[1] = 1
     done = call('training.py', *args, '--pretrained', other)
     assert (done.code, len(done.err.splitlines())) == (1, 1)
-    assert 'images/0003.npy' in done.err and 'another fold' in done.err
+    assert 'images/0003.npy' in done.err and 'run pretrain.py for this fold' in done.err
     assert [path for path in (data / 'models').rglob('*') if path.is_file()] == []
 
 
@@ -206,6 +206,95 @@ def test_a_start_that_is_no_FCN8s_is_one_line(data, call, content):
     done = call('training.py', *training_args(data), '--pretrained', path)
     assert (done.code, len(done.err.splitlines())) == (1, 1)
     assert 'own.pth' in done.err
+
+
+def test_a_start_may_be_an_RSTN_of_other_data_and_what_does_not_fit_is_named(trained, data, call):
+    snapshot = trained.data / SNAPSHOTS / 'FD0:ZJ3_1.pkl'
+    state = load_weights(snapshot)
+    state['saliency2.bias'] += 0.25
+    del state['fine_model.score_fr.bias']
+    torch.save(state, data / 'pancreas.pkl')
+    shutil.copytree(data / 'images', data / 'i')
+    for path in (data / 'images').iterdir():  # other data under the same names
+        np.save(path, np.load(path)[::-1])
+    done = call('training.py', *training_args(data, epochs=(0, 0, 0, 1)), '--pretrained', data / 'pancreas.pkl')
+    assert done.code == 0, done.err
+    assert 'starts the whole RSTN; does not fit and starts anew: fine_model.score_fr' in done.out
+    started = load_weights(data / SNAPSHOTS / 'FD0:ZJ3_1.pkl')
+    for key in ('coarse_model.fc6.weight', 'saliency2.bias', 'fine_model.conv1_1.weight'):
+        assert torch.equal(started[key], state[key]), key
+
+
+def test_an_RSTN_that_has_seen_the_folds_test_cases_is_refused(trained, call):
+    args = training_args(trained.data)
+    args[1] = 1
+    done = call('training.py', *args, '--pretrained', trained.data / SNAPSHOTS / 'FD0:ZJ3_1.pkl')
+    assert done.code == 1 and 'was trained on images/0003.npy, a test case of fold 1' in done.err
+
+
+# --- what snapshots say, and snapshots of steps ----------------------------------------------------------------------
+
+
+def test_every_snapshot_says_what_its_training_was_like(trained):
+    files = [trained.data / SNAPSHOTS / f'FD0:Z{mode}3_1.pkl' for mode in 'SIJ']
+    for file in [trained.data / 'models/pretrained/fcn8s_FD0_1.pth', *files]:
+        facts = description(load_weights(file))
+        assert facts['intensity_window'] == [-100.0, 240.0] and facts['organ_ID'] == 1 and facts['slice_thickness'] == 3
+        assert [case.split()[0] for case in facts['cases']] == ['images/0003.npy', 'images/0004.npy']
+        assert len(facts['revision']) > 6
+    assert facts['plane'] == 'Z' and facts['crop_margin'] == 4 and facts['recipe'] == 'published'
+
+
+@pytest.mark.parametrize(
+    ('place', 'value', 'words'),
+    [(3, -150, 'intensity_window [-100.0, 240.0], not (-150.0, 240.0)'), (7, 2, 'organ_ID 1, not 2')],
+)
+def test_testing_refuses_what_contradicts_the_training(trained, data, call, place, value, words):
+    shutil.copytree(trained.data / 'models', data / 'models')
+    args = training_args(data, epochs=EPOCHS)
+    args[place] = value
+    if place == 7:
+        args[2] = 2
+        (data / SNAPSHOTS / 'FD0:ZJ3_1.pkl').rename(data / SNAPSHOTS / 'FD0:ZJ3_2.pkl')
+    done = call('coarse_testing.py', *args)
+    assert done.code == 1 and f'trained with {words}' in done.err
+
+
+def test_snapshots_are_saved_every_n_steps_of_mode_J_and_testing_averages_the_last_ones(trained, data, call):
+    (data / 'models/pretrained').mkdir(parents=True)
+    shutil.copy(trained.data / 'models/pretrained/fcn8s_FD0_1.pth', data / 'models/pretrained')
+    args = training_args(data, epochs=(0, 0, 2, 1))
+    done = call('training.py', *args, '--seed', 1, '--snapshot_steps', 3)
+    steps = len([line for line in done.out.splitlines() if 'Iter' in line])
+    saved = sorted(path.name for path in (data / SNAPSHOTS).glob('*step*'))
+    assert saved == [f'FD0:ZJ3_1_step{step:05d}.pkl' for step in range(3, steps + 1, 3)] and len(saved) > 1
+    done = call('coarse_testing.py', *args, '--average', 2)
+    assert done.code == 0 and all(name in done.out for name in (saved[-1], 'FD0:ZJ3_1.pkl'))
+    averaged, alone = [], []
+    for found, names in ((averaged, None), (alone, ['FD0:ZJ3_1.pkl', saved[-1]])):
+        for name in names or ['FD0:ZJ3_1.pkl']:
+            if names:
+                (data / SNAPSHOTS / name).replace(data / SNAPSHOTS / 'FD0:ZJ3_1.pkl')
+                assert call('coarse_testing.py', *args, '--overwrite').code == 0
+            volumes = data / 'results/coarse_testing_1e-5x10,4/FD0:ZJ3_1.pkl/volumes'
+            found.append(np.load(volumes / 'e0021_1.npz')['volume'].astype(float))
+    np.testing.assert_allclose(averaged[0], (alone[0] + alone[1]) / 2, atol=1)
+    done = call('coarse_testing.py', *args, '--average', 9, '--overwrite')
+    assert done.code == 1 and 'too few for --average 9' in done.err
+
+
+def test_mode_J_starts_from_a_stored_snapshot_of_I_at_rates_of_its_own(trained, data, call):
+    shutil.copytree(trained.data / 'models', data / 'models')
+    stamp = '20261124_000000'
+    args = training_args(data, epochs=(1, 1, 1, 1), timestamp=stamp)
+    args[12:14] = ['1e-9', 1]  # learning_rate2, learning_rate_m2: next to nothing
+    done = call('training.py', *args, '--seed', 1, '--joint_from', '_')
+    assert done.code == 0, done.err
+    assert '0ZJ Epoch[1/1], Iter[00000]' in done.out and '0ZI Epoch' not in done.out and '0ZS Epoch' not in done.out
+    before, after = (load_weights(data / SNAPSHOTS / name) for name in ('FD0:ZI3_1.pkl', f'FD0:ZJ3_1_{stamp}.pkl'))
+    assert all(torch.allclose(before[key], after[key], atol=1e-5) for key in before)
+    done = call('training.py', *args, '--joint_from', '20200101_000000')
+    assert done.code == 1 and 'FD0:ZI3_1_20200101_000000.pkl: no such weights' in done.err
 
 
 # --- the training log ----------------------------------------------------------------------------------------------
@@ -273,7 +362,8 @@ def test_a_seed_makes_a_run_repeatable(trained, data, call):
     assert all(torch.equal(one[key], two[key]) for key in one)
     other = call('training.py', *training_args(data, epochs=(1, 0, 0, 1)), '--seed', 2)
     assert without_times(other.out.splitlines())[6:10] != without_times(trained.log)[6:10]
-    assert not (data / SNAPSHOTS / 'FD0:ZI3_1.pkl').exists(), 'a mode of no epochs is left out'
+    three = [load_weights(data / SNAPSHOTS / f'FD0:Z{mode}3_1.pkl') for mode in 'SIJ']
+    assert all(torch.equal(three[0][key], later[key]) for later in three[1:] for key in later), 'modes of no epochs'
 
 
 @pytest.fixture

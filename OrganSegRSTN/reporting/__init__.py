@@ -1,1 +1,1 @@
-"""The parts of report.py: result folders, measures, pictures, the page."""
+"""The parts of report.py: reading a data folder and its results, measures, pictures, the page."""

@@ -1,7 +1,6 @@
-"""The report's pictures: charts (SVG), and a case's slices (JPEG) with contours of its masks (SVG paths)."""
+"""The report's pictures: charts (SVG), and slices (JPEG) with contours of masks (SVG paths)."""
 
 import math
-from typing import NamedTuple
 
 import contourpy
 import matplotlib
@@ -15,12 +14,8 @@ from running.data_folder import GOOD_LOSS, PLANES
 from utils import to_unit
 from volumes.planes import plane_view
 
-COLOURS = {'label': '#56b4e9', 'prediction': '#e69f00', 'coarse': '#cc79a7'}  # told apart by the colour-blind, too
-
-
-INK, FAINT = '#1f2933', '#9aa5b1'
-
-
+COLOURS = {'label': '#56b4e9', 'prediction': '#e69f00', 'coarse': '#cc79a7'}  # safe for the colour-blind
+INK, FAINT, GREEN = '#1f2933', '#9aa5b1', '#2e7d32'
 STYLE = {
     'svg.hashsalt': 'report',  # the same picture is the same file
     'font.size': 9,
@@ -43,27 +38,26 @@ def write_chart(path, draw, size, *args):
 
 
 def draw_losses(axes, log):
-    """Loss by epoch, the modes one after the other, each with the loss at which it counts as converged."""
+    """Draw the loss by epoch, mode by mode, with the loss that the published README asks for."""
     start = 0
-    for mode in GOOD_LOSS:
+    for mode, good in GOOD_LOSS.items():
         epochs = sorted({epoch for m, epoch in [*log.steps, *log.epochs] if m == mode})
-        if not epochs:
-            continue
-        place = {epoch: start + i for i, epoch in enumerate(epochs)}
-        for epoch in epochs:
-            steps = np.array(thinned(log.steps.get((mode, epoch), []), 60))
-            axes.plot(place[epoch] + (np.arange(len(steps)) + 0.5) / max(len(steps), 1), steps, color=FAINT, lw=0.6)
-        means = {place[epoch] + 1: log.epochs[mode, epoch] for epoch in epochs if (mode, epoch) in log.epochs}
+        for place, epoch in enumerate(epochs, start):
+            steps = thinned(log.steps.get((mode, epoch), []), 60)
+            axes.plot(place + (np.arange(len(steps)) + 0.5) / max(len(steps), 1), steps, color=FAINT, lw=0.6)
+        means = {i + 1: log.epochs[mode, epoch] for i, epoch in enumerate(epochs, start) if (mode, epoch) in log.epochs}
         for part, style in enumerate(('C0:', 'C1--', 'k-')):
             axes.plot(list(means), [loss[part] for loss in means.values()], style, lw=1.4, marker='.', ms=4)
+        if not epochs:
+            continue
         end = start + len(epochs)
-        axes.hlines(GOOD_LOSS[mode], start, end, color='#2e7d32', lw=1.4)
-        axes.text(start + 0.05, GOOD_LOSS[mode], f'{GOOD_LOSS[mode]:g}', color='#2e7d32', va='bottom', size=7)
+        axes.hlines(good, start, end, color=GREEN, lw=1.4)
+        axes.text(start + 0.05, good, f'{good:g}', color=GREEN, va='bottom', size=7)
         axes.text((start + end) / 2, 1.03, mode, ha='center', weight='bold', transform=axes.get_xaxis_transform())
         axes.axvline(end, color=FAINT, lw=0.5)
         start = end
     names = {'each step': (FAINT, '-'), 'coarse': ('C0', ':'), 'fine': ('C1', '--'), 'Avg': ('k', '-')}
-    for name, (colour, style) in (names | {'asked for': ('#2e7d32', '-')}).items():
+    for name, (colour, style) in (names | {'asked for': (GREEN, '-')}).items():
         axes.plot([], [], color=colour, ls=style, label=name)
     axes.legend(frameon=False, fontsize=7, ncols=2, loc='upper right')
     axes.set(xlabel='epoch', ylabel='loss (1 − Dice)', xlim=(0, max(start, 1)), ylim=(0, 1.05))
@@ -77,19 +71,19 @@ def thinned(values, most):
 
 
 def draw_rounds(axes, cases):
-    """DSC by round of [[DSC of round 0, 1, ...] of a case], and its mean; a case that has stopped keeps its last."""
+    """Draw the DSC by round of each case, and the mean; a case that has stopped keeps its last."""
     rounds = max(map(len, cases))
     filled = np.array([case + [case[-1]] * (rounds - len(case)) for case in cases]) * 100
     axes.plot(filled.T, color=FAINT, lw=0.8)
     axes.plot([], [], color=FAINT, lw=0.8, label='a case')
     axes.plot(np.nanmean(filled, axis=0), color=INK, lw=2.2, marker='o', ms=4, label='mean')
     axes.legend(frameon=False, loc='lower right')
-    axes.set(xlabel='round', ylabel='DSC (%)', ylim=(-2, 102))
+    axes.set(xlabel='round', ylabel='DSC (%)', xlim=(-0.2, max(rounds - 1, 1) + 0.2), ylim=(-2, 102))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw_gain(axes, cases):
-    """Coarse against coarse-to-fine of [(name, coarse DSC, final DSC)], the lowest final one first."""
+    """Draw coarse against coarse to fine of [(name, coarse DSC, final DSC)], the lowest first."""
     cases = sorted(cases, key=lambda case: (case[2], case[0]))
     names, coarse, final = zip(*cases)
     coarse, final, places = np.array(coarse) * 100, np.array(final) * 100, np.arange(len(cases))
@@ -99,83 +93,62 @@ def draw_gain(axes, cases):
     axes.legend(frameon=False, ncols=2, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
     axes.set(ylabel='DSC (%)', ylim=(-2, 102), xlim=(-0.7, len(cases) - 0.3))
     short = [name if len(name) <= 16 else f'{name[:15]}…' for name in names]
-    many = len(names) > 8
-    size = min(8, 540 / len(names))
-    axes.set_xticks(
-        places, short if size > 3 else [''] * len(short), rotation=90 if many else 0, fontsize=size, parse_math=False
-    )
+    size, angle = min(8, 540 / len(names)), 90 if len(names) > 8 else 0
+    axes.set_xticks(places, short if size > 3 else [], rotation=angle, fontsize=size, parse_math=False)
 
 
-MARGIN, LEAST = 12, 64  # voxels: around the organ's and the prediction's box; at least shown along each axis
-
-
+MARGIN, LEAST = 12, 64  # voxels: around the box of label and prediction; at least shown along each axis
 MOST_PIXELS = 256  # a side of a slice; a wider one is thinned
-
-
 COLUMNS = 8  # of slices in a sheet
-
-
 AS_PUBLISHED = [(1, -1), (0, -1), (2, -1)]  # rows to the back, columns to the left, slices downwards
 
 
-class PlanePicture(NamedTuple):
-    """A case's slices along a plane: a sheet of them, and contours {mask's name: [SVG path of a slice]} in half pixels."""
+def write_planes(folder, stem, image, masks, geometry, intensity_window, most_slices):
+    """Write a case's slices around label and prediction along X, Y, Z; return what the page shows.
 
-    plane: str
-    view: str  # axial, coronal, sagittal; '' where it is not known
-    sheet: str
-    poster: str  # file of the slice to open on
-    open: int  # its place among the slices
-    numbers: list  # of the slices, as in images_X/CASE/0000.npy
-    slices: int  # in the whole volume
-    remarks: list  # where up and left are, and what is left out
-    size: tuple  # width, height in pixels
-    shown: tuple  # width, height in mm or voxels
-    contours: dict
-
-
-def write_planes(folder, stem, image, masks, geometry, window, most_slices):
-    """Write a case's slices around label and prediction along X, Y and Z to folder/{stem}_X.jpg ...; -> [PlanePicture].
-
-    image: (W, H, L) HU, seen in `window`; masks: {label, prediction, coarse: bool (W, H, L)}, some of them;
-    geometry: its Geometry, or None: then it is shown in voxels, turned as the published arrays lie.
+    image: (W, H, L) HU, shown in `intensity_window`; masks: any of {label, prediction, coarse}, bool
+    (W, H, L); geometry: its Geometry, or None for voxels, oriented as the published arrays.
     """
     box = joint_box([mask for name, mask in masks.items() if name != 'coarse'], image.shape, MARGIN, LEAST)
-    volumes = {'image': to_unit(image[box], *window)} | {name: mask[box] for name, mask in masks.items()}
+    volumes = {'image': to_unit(image[box], *intensity_window)} | {name: mask[box] for name, mask in masks.items()}
     return [write_plane(folder, stem, plane, volumes, box, image.shape, geometry, most_slices) for plane in PLANES]
 
 
 def write_plane(folder, stem, plane, volumes, box, shape, geometry, most_slices):
-    """Write the slices along a plane of the volumes within `box` of a scan of `shape`; -> PlanePicture."""
+    """Write the slices along a plane of volumes cut to `box` from a scan of `shape`.
+
+    Writes folder/{stem}_{plane}.jpg, a sheet of slices, and {stem}_{plane}_0.jpg, the one shown first.
+    """
     axis = PLANES.index(plane)
     found = anatomy(geometry)
     spacing = np.ones(3) if geometry is None else geometry.spacing
     rows, columns = sorted({0, 1, 2} - {axis}, key=lambda a: -(found or AS_PUBLISHED)[a][0])
     seen = {name: upright(volume, plane, rows, columns, found) for name, volume in volumes.items()}
-    place, opening = chosen_slices(seen, most_slices)
+    places, first = chosen_slices(seen, most_slices)
     stride = math.ceil(max(seen['image'].shape[1:]) / MOST_PIXELS)
-    seen = {name: view[place][:, ::stride, ::stride] for name, view in seen.items()}
+    seen = {name: view[places][:, ::stride, ::stride] for name, view in seen.items()}
     image = seen.pop('image')
-    write_sheet(folder / f'{stem}_{plane}.jpg', image)
-    write_sheet(folder / f'{stem}_{plane}_0.jpg', image[opening : opening + 1])
+    sheet, poster = f'{stem}_{plane}.jpg', f'{stem}_{plane}_0.jpg'
+    write_sheet(folder / sheet, image)
+    write_sheet(folder / poster, image[first : first + 1])
     height, width = image.shape[1:]
-    return PlanePicture(
-        plane=plane,
-        view=('sagittal', 'coronal', 'axial')[found[axis][0]] if found else '',
-        sheet=f'{folder.name}/{stem}_{plane}.jpg',
-        poster=f'{folder.name}/{stem}_{plane}_0.jpg',
-        open=opening,
-        numbers=[int(j) + box[axis].start for j in place],
-        slices=shape[axis],
-        remarks=remarks(found and (found[rows][0], found[columns][0]), box, shape, len(place), axis, stride),
-        size=(width, height),
-        shown=(float(width * stride * spacing[columns]), float(height * stride * spacing[rows])),
-        contours={name: [contour_path(mask) for mask in view] for name, view in seen.items()},
-    )
+    return {
+        'plane': plane,
+        'view': ('sagittal', 'coronal', 'axial')[found[axis][0]] if found else '',
+        'sheet': f'{folder.name}/{sheet}',
+        'poster': f'{folder.name}/{poster}',  # the slice that is shown first
+        'first': first,  # its place among the slices
+        'numbers': [int(j) + box[axis].start for j in places],  # of the slices, as in images_X/CASE/0000.npy
+        'slices': shape[axis],  # of the whole volume
+        'remarks': remarks(found and (found[rows][0], found[columns][0]), box, shape, len(places), axis, stride),
+        'size': (width, height),  # pixels
+        'shown': (float(width * stride * spacing[columns]), float(height * stride * spacing[rows])),  # mm or voxels
+        'contours': {name: [contour_path(mask) for mask in view] for name, view in seen.items()},  # SVG, half pixels
+    }
 
 
 def anatomy(geometry):
-    """[(0 R, 1 A or 2 S, whether an axis leads there (1) or away (-1))] of the three axes; None where not known."""
+    """[(0 R, 1 A or 2 S, 1 if the axis leads there, -1 if away)] of the three axes, or None."""
     if geometry is None or geometry.holds != 'position':
         return None
     cosines = geometry.affine[:3, :3] / geometry.spacing
@@ -186,7 +159,7 @@ def anatomy(geometry):
 
 
 def remarks(world, box, shape, count, axis, stride):
-    """What to tell of a picture: where up and left are (`world`: the axes of its rows and columns), what is left out."""
+    """Remarks on a picture: where up and left are (`world`: axes of rows, columns), what is left out."""
     texts = []
     if world:
         texts.append(f'{"RAS"[world[0]]} up, {"RAS"[world[1]]} on the left')
@@ -200,7 +173,7 @@ def remarks(world, box, shape, count, axis, stride):
 
 
 def upright(volume, plane, rows, columns, found):
-    """The slices (N, rows, columns) as a radiologist sees them: head or front up, the patient's right on the left."""
+    """The slices (N, rows, columns), head or front up, the patient's right on the left."""
     view = plane_view(volume, plane)
     view = view if rows < columns else view.swapaxes(1, 2)
     flips = [slice(None, None, -1 if found and found[axis][1] > 0 else 1) for axis in (rows, columns)]
@@ -208,9 +181,9 @@ def upright(volume, plane, rows, columns, found):
 
 
 def chosen_slices(seen, most):
-    """Places of at most `most` slices at equal steps, and which of them to open on: (places, place of the opening one).
+    """(places of at most `most` slices at equal steps, which of them to show first).
 
-    It is the one where label and prediction differ most; without one of the two, where the other is largest.
+    The first is where label and prediction differ most; without one of them, where the other is largest.
     """
     masks = [seen[name] for name in ('label', 'prediction') if name in seen]
     slices = len(seen['image'])
@@ -240,7 +213,7 @@ def contour_path(mask):
 
 
 def closed_path(points):
-    """A closed line through points (N, 2), whole numbers, the last one the first; straight runs become one step."""
+    """A closed line through points (N, 2), whole numbers, the last one the first, as an SVG path."""
     steps = np.diff(points, axis=0)
     turns = np.flatnonzero((steps[1:] != steps[:-1]).any(axis=1)) + 1
     kept = points[np.r_[0, turns]]

@@ -1,7 +1,4 @@
-"""The positional arguments of every stage script, each spelled once, and the way a script starts and fails.
-
-A stage lists the names it takes, in order; the published order and meaning of all of them are in README.md.
-"""
+"""The positional arguments of every stage script, each defined once; a stage lists the names that it takes, in order."""
 
 import argparse
 import math
@@ -86,8 +83,8 @@ ARGUMENTS = {
     'GPU_ID': (str, 'number of the CUDA device, or cpu'),
     'learning_rate1': (rate, 'learning rate of the coarse network'),
     'learning_rate_m1': (rate, 'times learning_rate1: the rate of the saliency and fine layers'),
-    'learning_rate2': (str, 'not used'),
-    'learning_rate_m2': (str, 'not used'),
+    'learning_rate2': (str, 'learning rate of the coarse network with --joint_from; else not used'),
+    'learning_rate_m2': (str, 'times learning_rate2, with --joint_from; else not used'),
     'crop_margin': (whole(0), "pixels around the organ's box that the fine network sees"),
     'crop_prob': (number(0, 1), 'probability of a random margin in training'),
     'crop_sample_batch': (whole(1), 'draws whose mean is a random margin'),
@@ -109,88 +106,89 @@ ARGUMENTS = {
     for i in (1, 2)
     for plane in 'XYZ'
 }
-
-
 SETTINGS = 'learning_rate1 learning_rate_m1 learning_rate2 learning_rate_m2 crop_margin'
-
-
 WINDOW = 'low_range high_range slice_threshold slice_thickness organ_ID'
-
-
 TRAINING = (
     f'data_path current_fold organ_number {WINDOW} plane GPU_ID {SETTINGS} crop_prob crop_sample_batch '
     'epoch_S epoch_I epoch_J lr_decay_epoch timestamp'
 ).split()
-
-
 TESTING = [*TRAINING[:-2], 'epoch_step', 'timestamp1']
-
-
 TESTING_OPTIONAL = ['timestamp2']
-
-
 _THREE_PLANES = (
     f'data_path current_fold organ_number {WINDOW} GPU_ID {SETTINGS} epoch_S epoch_I epoch_J epoch_step'
 ).split()
-
-
 _THREE_TIMES = [f'timestamp1_{plane}' for plane in 'XYZ']
-
-
 FUSION = [*_THREE_PLANES, 'threshold', *_THREE_TIMES]
-
-
 COARSE2FINE = [*_THREE_PLANES, 'coarse_threshold', 'fine_threshold', 'max_rounds', *_THREE_TIMES]
-
-
 MERGING = ['organ_IDs' if name == 'organ_ID' else name for name in COARSE2FINE]
-
-
 FUSION_OPTIONAL = [f'timestamp2_{plane}' for plane in 'XYZ']
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser of a script's docstring. An error is one line, and tells how to give a name that begins with -."""
+    """An ArgumentParser with a script's docstring as its help; an error is one line."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         dashed = next((word for word in sys.argv[1:] if word.startswith('-') and os.path.lexists(word)), None)
-        cure = f'; a name that begins with - is given as ./{dashed}' if dashed else ''
+        cure = f'; write a name that begins with - as ./{dashed}' if dashed else ''
         super().error(' '.join(f'{message}{cure}'.split()))
 
 
-def parser(doc, required, optional=()):
-    """A Parser for the positionals of these names; anything that follows them is accepted and unused."""
-    made = Parser(doc)
+def stage_parser(doc, required, optional=()):
+    """Return a Parser of these positionals; further ones are accepted and not used."""
+    parser = Parser(doc)
     for name in [*required, *optional]:
         kind, text = ARGUMENTS[name]
-        made.add_argument(name, type=kind, help=text, nargs='?' if name in optional else None)
-    made.add_argument('unused', nargs='*', default=[], help=argparse.SUPPRESS)
-    made._negative_number_matcher = re.compile(r'-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$', re.I)  # -1e2 is no option either
-    return made
+        parser.add_argument(name, type=kind, help=text, nargs='?' if name in optional else None)
+    parser.add_argument('unused', nargs='*', default=[], help=argparse.SUPPRESS)
+    parser._negative_number_matcher = re.compile(r'-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$', re.I)  # -1e2 is a number
+    return parser
 
 
-def add_precision(made):
-    """--precision, for a stage that runs a network."""
-    made.add_argument('--precision', type=one_of('fp32', 'bf16'), default='fp32',
-                      help='fp32 (default), or bf16: faster, figures differ in the third digit')  # fmt: skip
+def add_precision(parser):
+    """Add --precision, for a stage that runs a network."""
+    parser.add_argument('--precision', type=one_of('fp32', 'bf16'), default='fp32',
+                        help='fp32 (default), or bf16: faster, figures differ in the third digit')  # fmt: skip
 
 
-def add_training(made):
-    """The options that training and pretraining share."""
-    add_precision(made)
-    made.add_argument('--seed', type=whole(0, 2**63 - 1), help='make the run repeatable on this machine')
-    made.add_argument('--workers', type=whole(0), default=0, help='processes that load slices (default 0)')
+def add_overwrite(parser):
+    """Add --overwrite, for a stage that stores volumes."""
+    parser.add_argument('--overwrite', action='store_true', help='replace volumes that other settings made')
 
 
-def parse(made, argv=None):
-    """Parse and hold the arguments against each other; a mistake prints the usage and exits with 2."""
-    args = made.parse_args(argv)
+def add_nifti(parser):
+    """Add --nifti, for a stage that predicts masks."""
+    parser.add_argument('--nifti', action='store_true', help='write the final predictions as .nii.gz, too')
+
+
+def add_testing(parser):
+    """Add the options of the stages that test networks."""
+    add_precision(parser)
+    parser.add_argument('--average', type=whole(1), default=1, metavar='N',
+                        help='test the mean of the last N snapshots of a plane, see --snapshot_steps of training.py')  # fmt: skip
+    add_nifti(parser)
+    add_overwrite(parser)
+
+
+def add_training(parser):
+    """Add the options that training and pretraining share."""
+    add_precision(parser)
+    parser.add_argument('--seed', type=whole(0, 2**63 - 1), help='make the run repeatable on this machine')
+    parser.add_argument('--workers', type=whole(0), default=0, help='processes that load slices (default 0)')
+    parser.add_argument('--resume', action='store_true', help='continue from the checkpoint of these arguments, if any')
+    parser.add_argument('--checkpoint_minutes', type=whole(0), default=10, metavar='M',
+                        help='save a checkpoint every M minutes, and after every epoch (default 10)')  # fmt: skip
+
+
+def parse(parser, argv=None):
+    """Parse the arguments and check them against each other; a mistake prints the usage and exits with 2."""
+    args = parser.parse_args(argv)
     highest = max(getattr(args, 'organ_IDs', [getattr(args, 'organ_ID', 0)]))
     if highest > getattr(args, 'organ_number', 255):
-        made.error(f'argument organ_ID: {highest} is above organ_number, {args.organ_number}')
-    if hasattr(args, 'low_range') and args.low_range >= args.high_range:
-        made.error(f'argument high_range: {args.high_range:g} is not above low_range, {args.low_range:g}')
+        parser.error(f'argument organ_ID: {highest} is above organ_number, {args.organ_number}')
+    low, high = (getattr(args, name, None) for name in ('low_range', 'high_range'))
+    if None not in (low, high) and low >= high:
+        parser.error(f'argument high_range: {args.high_range:g} is not above low_range, {args.low_range:g}')
     return args

@@ -1,6 +1,8 @@
-"""A training that may end anywhere and goes on as if it had not: its place, log and random states, in a checkpoint."""
+"""A training that can end anywhere and continue to the same bits: its position, log and random states in a checkpoint."""
 
 import contextlib
+import json
+import os
 import random
 import sys
 import time
@@ -10,67 +12,17 @@ import torch
 from torch.utils.data import DataLoader
 
 from running import processes
-from running.arguments import whole
 from running.data_folder import fold_list, read_list, slice_list
 from running.files import atomic_write, errors_naming
-from running.results import checksum
+from running.results import Checksums
 from running.script import uninterrupted
 from running.weights import check_archive
 
-# arguments that another machine, or the next start, may change
-FREE = (
-    'data_path',
-    'GPU_ID',
-    'workers',
-    'resume',
-    'checkpoint_minutes',
-    'learning_rate2',
-    'learning_rate_m2',
-    'unused',
-)
-
-
-KEYS = {'settings', 'finished', 'lines', 'epoch', 'order', 'position', 'losses', 'random', 'parts'}  # of a checkpoint
-
-
-def add_options(made):
-    """--resume and --checkpoint_minutes, for a stage that trains."""
-    made.add_argument(
-        '--resume', action='store_true', help='go on from the checkpoint of these arguments, if there is one'
-    )
-    made.add_argument('--checkpoint_minutes', type=whole(0), default=10, metavar='M',
-                      help='save a checkpoint every M minutes as well as every epoch (default 10)')  # fmt: skip
-
-
-@contextlib.contextmanager
-def logged(path):
-    """All that the block prints goes to the file at `path` as well; so does what ends it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        errors_naming(path),
-        open(path, 'w', encoding='utf-8') as log,
-        contextlib.redirect_stdout(_Both(sys.stdout, log)),
-    ):
-        try:
-            yield
-        except BaseException as error:
-            log.write(f'ended by {type(error).__name__} {error}'.strip() + '\n')
-            raise
-
-
-class _Both:
-    """Stands where sys.stdout does, and writes to two files."""
-
-    def __init__(self, *files):
-        self.files = files
-
-    def write(self, text):
-        for file in self.files:
-            file.write(text)
-
-    def flush(self):
-        for file in self.files:
-            file.flush()
+# arguments that may differ from those of the checkpoint
+FREE = {
+    'data_path', 'GPU_ID', 'workers', 'resume', 'checkpoint_minutes', 'learning_rate2', 'learning_rate_m2', 'unused',
+}  # fmt: skip
+KEYS = {'settings', 'finished', 'log_bytes', 'epoch', 'order', 'position', 'losses', 'random', 'parts'}
 
 
 class Losses:
@@ -100,35 +52,46 @@ class Losses:
 
 
 class Run:
-    """What a training is doing, what it has said, and the checkpoint at `path` that holds both.
+    """The loops of a training, its log, and the checkpoint at `path` from which it continues.
 
-    settings: what a checkpoint must agree on, to go on from it.
+    settings: further values that a checkpoint must agree with.
     """
 
     def __init__(self, path, args, **settings):
         self.path, self.minutes, self.workers = path, args.checkpoint_minutes, args.workers
-        free = {name: value for name, value in vars(args).items() if name not in FREE}
-        self.settings = free | {'processes': processes.world_size()} | settings
-        self.parts, self.lines = {}, []
+        kept = {name: value for name, value in vars(args).items() if name not in FREE}
+        self.settings = kept | {'processes': processes.world_size()} | settings
+        self.parts, self.log = {}, None
         self.saved = time.monotonic()
-        self.epoch = 0  # epochs that are done, of all modes
+        self.epoch = 0  # finished epochs, of all modes
         self.signalled = lambda: None
         self._begin_epoch()
 
     def _begin_epoch(self):
         self.order, self.position, self.losses = None, 0, Losses()
 
-    def log(self, line):
-        """Print a line of the training's log, and keep it for the log of a resumed run."""
-        print(line, flush=True)
-        self.lines.append(line)
+    @contextlib.contextmanager
+    def logged(self, path, state):
+        """Copy all output of the block to the file at `path`, after what the log held at the checkpoint `state`."""
+        if processes.rank():
+            yield
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with errors_naming(path), open(path, 'a', encoding='utf-8') as self.log:
+            self.log.truncate(min(state['log_bytes'], path.stat().st_size) if state else 0)
+            with contextlib.redirect_stdout(_Both(sys.stdout, self.log)):
+                try:
+                    yield
+                except BaseException as error:
+                    self.log.write(f'ended by {type(error).__name__} {error}'.strip() + '\n')
+                    raise
 
-    # --- the loops ---
+    # --- loops ---
 
     def epochs(self, schedule):
-        """What is left of `schedule`, an entry an epoch; after each but the last a checkpoint is saved.
+        """Yield the remaining entries of `schedule`, one for each epoch; save a checkpoint after each but the last.
 
-        Ctrl-C and SIGTERM wait for the end of a step, and until a checkpoint is saved; a second one does not.
+        The first Ctrl-C or SIGTERM takes effect after the running step, when a checkpoint is saved.
         """
         with uninterrupted() as self.signalled:
             while self.epoch < len(schedule):
@@ -139,7 +102,7 @@ class Run:
                     self._pause(save=True)
 
     def steps(self, dataset):
-        """(index, sample) of what is left of an epoch, in an order shuffled anew for each."""
+        """Yield (index, sample) for the remaining samples of an epoch, which has an order of its own."""
         if self.order is None:
             self.order = processes.gather(torch.randperm(len(dataset)))[0]
         for sample in self._loader(dataset):
@@ -148,14 +111,14 @@ class Run:
             self._pause()
 
     def _loader(self, dataset):
-        """Batches of one: of every world_size samples this rank's own; an incomplete last group is left out."""
+        """Return batches of one: this rank's of every world_size samples; an incomplete last group is dropped."""
         world = processes.world_size()
         mine = self.order[: len(self.order) // world * world][processes.rank() :: world][self.position :]
         own = torch.Generator()  # leaves the global random numbers alone
         return DataLoader(dataset, sampler=mine.tolist(), generator=own, num_workers=self.workers)
 
     def _pause(self, save=False):
-        """Between two steps: save where it is time, or where any rank has a signal waiting, which then ends all."""
+        """Between two steps: save when it is time, or when a signal waits in any rank, which then ends all ranks."""
         due = save or time.monotonic() - self.saved >= 60 * self.minutes
         signals, dues = zip(*processes.gather((self.signalled(), due)))
         stop = next(filter(None, signals), None)
@@ -168,43 +131,38 @@ class Run:
     # --- the checkpoint ---
 
     def load(self):
-        """What the checkpoint holds; None where there is none. ValueError: it is broken, or of other arguments."""
+        """Return the checkpoint; None where there is none. Raise ValueError if it is damaged or of other settings."""
         try:
             check_archive(self.path)
             state = torch.load(self.path, map_location='cpu', weights_only=True, mmap=True)
             if missing := KEYS - set(state):
                 raise ValueError(f'{", ".join(sorted(missing))} missing')
+            former = dict(json.loads(state['settings']))
         except FileNotFoundError:
             return None
-        except Exception as error:  # a truncated file fails in any of a dozen ways
+        except Exception as error:  # a truncated file fails in many ways
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f'{self.path}: not a readable checkpoint ({reason}); remove it to start anew') from None
-        former = state['settings']
+            raise ValueError(f'{self.path}: not a readable checkpoint ({reason}); remove it to start again') from None
         differing = [
-            f'{name} was {former.get(name)}, is {self.settings.get(name)}'
-            for name in sorted({*former, *self.settings})
-            if former.get(name) != self.settings.get(name)
+            f'{name} was {former.get(name)}, is {value}'
+            for name, value in json.loads(json.dumps(self.settings)).items()
+            if former.get(name) != value
         ]
         if differing:
             raise ValueError(
                 f'{self.path}: made with other arguments ({"; ".join(differing)}); give those, or another timestamp, '
-                'or remove it to start anew'
+                'or remove it to start again'
             )
         return state
 
     def restore(self, state, **parts):
-        """Keep these parts, {name: model, optimizer, ...}, in the checkpoints; with a `state` go on from it.
-
-        Its log is printed again, so that this run's output is the whole log.
-        """
+        """Keep these parts, {name: model, optimizer, ...}, in the checkpoints; continue from `state` unless it is None."""
         self.parts = parts
         if len({str(place) for place in processes.gather(state and (state['epoch'], state['position']))}) > 1:
             raise ValueError(f'{self.path}: not the same for every process; is the data folder shared?')
         if state is None:
             return
-        print(f'resumed from: {self.path}')
-        for line in state['lines']:
-            self.log(line)
+        print(f'resumed from: {self.path}', flush=True)
         for name, part in parts.items():
             part.load_state_dict(state['parts'][name])
         self.epoch, self.order, self.position = state['epoch'], state['order'], state['position']
@@ -212,13 +170,13 @@ class Run:
         set_random_states(state['random'][processes.rank()])
 
     def save(self, finished=False):
-        """Write the checkpoint; rank 0 does, with the random states of every rank. Finished: without the weights."""
+        """Write the checkpoint (rank 0), with the random states of every rank. finished: without the weights."""
         randoms = processes.gather(random_states())
         if processes.rank() == 0:
             state = {
-                'settings': self.settings,
+                'settings': json.dumps(self.settings),
                 'finished': finished,
-                'lines': self.lines,
+                'log_bytes': self._log_bytes(),
                 'epoch': self.epoch,
                 'order': self.order,
                 'position': self.position,
@@ -230,9 +188,39 @@ class Run:
                 torch.save(state, file)
         self.saved = time.monotonic()
 
+    def _log_bytes(self):
+        if self.log is None:
+            return 0
+        self.log.flush()
+        return os.fstat(self.log.fileno()).st_size
+
+
+class _Both:
+    """A file that writes to two files."""
+
+    def __init__(self, *files):
+        self.files = files
+
+    def write(self, text):
+        for file in self.files:
+            file.write(text)
+
+    def flush(self):
+        for file in self.files:
+            file.flush()
+
+
+def seed_everything(seed):
+    """Seed every source of random numbers that training uses, each rank with its own seed; None seeds nothing."""
+    if seed is not None:
+        seed += processes.rank()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
 
 def random_states():
-    """The state of every source of random numbers that training uses."""
+    """Return the state of every source of random numbers that training uses."""
     name, keys, *rest = np.random.get_state()
     return {
         'python': random.getstate(),
@@ -243,7 +231,7 @@ def random_states():
 
 
 def set_random_states(states):
-    """Put them back; that of the CUDA device only where there was and is one."""
+    """Restore these states; that of the CUDA device only where there was and is one."""
     name, keys, *rest = states['numpy']
     random.setstate(states['python'])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -253,16 +241,8 @@ def set_random_states(states):
 
 
 def list_checksums(args, planes):
-    """{list: checksum}, what of the data a checkpoint must agree on: the slices of these planes, and the fold."""
+    """Return {list: checksum} of the data that a checkpoint must agree with: slices of these planes, and the fold."""
     files = [slice_list(args.data_path, plane) for plane in planes]
     files.append(fold_list(args.data_path, 'training', args.current_fold))
-    return {file.name: (checksum(file) or read_list(file))[:12] for file in files}  # read_list says what is missing
-
-
-def seed_everything(seed):
-    """Seed every source of random numbers that training uses, each rank's its own; None leaves them as they are."""
-    if seed is not None:
-        seed += processes.rank()
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+    checksum = Checksums(args.data_path)
+    return {file.name: (checksum(file) or read_list(file))[:12] for file in files}  # read_list names a missing file

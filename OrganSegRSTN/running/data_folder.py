@@ -1,5 +1,7 @@
-"""running.data_folder."""
+"""The data folder: names of its files, cases, lists of slices and folds, snapshots and result folders (SPEC: README)."""
 
+import functools
+import glob
 import math
 import os
 import re
@@ -16,19 +18,22 @@ MODES = 'SIJ'  # separate, individual, joint (section 3.3)
 GOOD_LOSS = {'S': 0.3, 'I': 0.2, 'J': 0.15}  # mean Avg loss of a mode's last epoch that the published README asks for
 
 
+# --- cases ---------------------------------------------------------------------------------------------------------
+
+
 class Case(NamedTuple):
-    """A line of lists/training_FD0.txt or testing_FD0.txt: its number among all cases, from 0, and its files."""
+    """A line of lists/training_FD0.txt or testing_FD0.txt: the case's number among all, from 0, and its files."""
 
     number: int
     image_file: str
     label_file: str
 
     def image(self, data_path):
-        """The scan (W, H, L)."""
+        """Return the scan (W, H, L)."""
         return self._three_axes(load_array(os.path.join(data_path, self.image_file)), self.image_file)
 
     def label(self, data_path, organ_ID):
-        """Where the organ is, bool (W, H, L)."""
+        """Return where the organ is, bool (W, H, L)."""
         label = load_array(os.path.join(data_path, self.label_file))
         return self._three_axes(np.asarray(is_organ(label, organ_ID)), self.label_file)
 
@@ -39,8 +44,26 @@ class Case(NamedTuple):
         return volume
 
 
+def case_names(data):
+    """Return the names of the cases with an image and a label, in file order; print the others."""
+    images, labels = (sorted(file.stem for file in (data / kind).glob('[!.]*.npy')) for kind in ('images', 'labels'))
+    for missing, names in (('label', set(images) - set(labels)), ('image', set(labels) - set(images))):
+        for name in sorted(names):
+            print(f'{name}: left out, it has no {missing}s/{name}.npy')
+    names = [name for name in images if name in labels]
+    if not names:
+        raise FileNotFoundError(f'{data}: no images/*.npy with labels/*.npy of the same name; convert the scans first')
+    for name in names:
+        if fault := name_fault(name):
+            file = f'images/{name}.npy'
+            raise ValueError(
+                f'{file!r}: a case name cannot hold {fault}, since lists are split at white space; rename it'
+            )
+    return names
+
+
 def name_fault(name):
-    """What keeps a case's name out of the lists and lines that it would stand in; '' where nothing does."""
+    """Return what a case's name holds that lists and results lines cannot; '' where nothing."""
     if re.search(r'\s', name):
         return 'white space'
     if not name.isprintable():
@@ -48,18 +71,38 @@ def name_fault(name):
     return '' if name else 'nothing'
 
 
+def check_case(name, image, label, organ_number):
+    """Return the label as whole numbers; raise ValueError where the two volumes cannot be a case."""
+    if image.ndim != 3 or image.shape != label.shape or not image.size:
+        raise ValueError(
+            f'{name}: image {image.shape} and label {label.shape} are not two volumes (W, H, L) of one shape'
+        )
+    if not np.isfinite(image).all():
+        raise ValueError(f'images/{name}.npy: not all values are finite')
+    if not (np.isfinite(label).all() and np.array_equal(label, np.floor(label)) and label.min() >= 0):
+        raise ValueError(f'labels/{name}.npy: not all values are whole numbers from 0')
+    if label.max() > organ_number:
+        print(
+            f'labels/{name}.npy: holds {label.max():g}, above organ_number {organ_number}: right only if you redefined is_organ'
+        )
+    return label if label.dtype.kind in 'bui' else label.astype(np.int64)
+
+
+# --- lists ---------------------------------------------------------------------------------------------------------
+
+
 def slice_list(data_path, plane):
-    """lists/training_X|Y|Z.txt: all slices of all cases along a plane."""
+    """Return the path of lists/training_X|Y|Z.txt: all slices of all cases along a plane."""
     return Path(data_path, 'lists', f'training_{plane}.txt')
 
 
 def fold_list(data_path, kind, fold):
-    """lists/training_FD0.txt or testing_FD0.txt, for `kind` training or testing."""
+    """Return the path of lists/training_FD0.txt or testing_FD0.txt, for `kind` training or testing."""
     return Path(data_path, 'lists', f'{kind}_FD{fold}.txt')
 
 
 def read_list(path):
-    """The lines of a list that init.py wrote; one that ends within a line was cut off."""
+    """Return the lines of a list, without blank ones."""
     try:
         return read_lines(path)
     except FileNotFoundError:
@@ -69,20 +112,30 @@ def read_list(path):
 
 
 def read_cases(data_path, kind, fold):
-    """The cases that train or test a fold, in order; ValueError where its two lists do not hold every case once.
+    """Return the cases that train or test a fold, in order.
 
-    A list that stands alone, as somebody may write it to test scans of his own, is taken as it is.
+    A list that was edited by hand is taken as it is; a line says how many cases it holds.
     """
     path = fold_list(data_path, kind, fold)
     other = fold_list(data_path, 'testing' if kind == 'training' else 'training', fold)
     cases = _read_cases(path)
-    numbers = [case.number for case in (cases + _read_cases(other) if other.exists() else [])]
-    if sorted(numbers) != list(range(len(numbers))):
-        raise ValueError(
-            f'{path}: with {other.name} it does not hold every case from 0 once, as if one of them were cut off; '
-            'run init.py again'
-        )
+    if not cases:
+        raise ValueError(f'{path}: holds no case')
+    others = [case.number for case in _read_cases(other)] if other.exists() else []
+    numbers = [case.number for case in cases]
+    if repeated := [number for number in numbers if numbers.count(number) > 1]:
+        raise ValueError(f'{path}: holds case {repeated[0]} twice')
+    if shared := sorted(set(numbers) & set(others)):
+        print_once(f'warning: {path}: case {shared[0]} trains and tests fold {fold}: its figures say little')
+    if sorted(numbers + others) != list(range(len(numbers + others))):
+        print_once(f'{path}: {len(cases)} cases; with {other.name} these are not all cases: taken as edited by hand')
     return cases
+
+
+@functools.cache
+def print_once(line):
+    """Print a line the first time that it comes."""
+    print(line, flush=True)
 
 
 def _read_cases(path):
@@ -90,78 +143,9 @@ def _read_cases(path):
     for line in read_list(path):
         fields = line.split()
         if len(fields) != 3 or not re.fullmatch('[0-9]{1,9}', fields[0]):
-            raise ValueError(f'{path}: {quoted(line)} is not `case image_file label_file`; run init.py again')
+            raise ValueError(f'{path}: {quoted(line)} is not `case image_file label_file`; correct it or run init.py')
         cases.append(Case(int(fields[0]), *fields[1:]))
     return cases
-
-
-def _stamp(timestamp):
-    """A timestamp of 15 characters is part of a name; any other is left out."""
-    return f'_{timestamp}' if len(timestamp) == 15 else ''
-
-
-def snapshot_folder(args):
-    """models/snapshots/SIJ_training_1e-5x10,20 of the data folder."""
-    return Path(args.data_path, 'models', 'snapshots', f'SIJ_training_{training_settings(args)}')
-
-
-def training_settings(args):
-    """`1e-5x10,20`: rate, multiplier and margin as they stand in folder names."""
-    return f'{args.learning_rate1}x{args.learning_rate_m1},{args.crop_margin}'
-
-
-def snapshot_name(args, plane, mode, timestamp):
-    """`FD0:XJ3_1_20261123_000000.pkl`."""
-    return f'FD{args.current_fold}:{plane}{mode}{args.slice_thickness}_{args.organ_ID}{_stamp(timestamp)}.pkl'
-
-
-def find_snapshot(args, plane, timestamp, mode='J'):
-    """Name of the snapshot to test: of the timestamp; else the untimestamped one; else the newest timestamped one."""
-    name = snapshot_name(args, plane, mode, timestamp)
-    folder = snapshot_folder(args)
-    if _stamp(timestamp) or (folder / name).exists():
-        return name
-    timed = re.compile(re.escape(name[: -len('.pkl')]) + r'_.{15}\.pkl')
-    found = sorted(file.name for file in folder.glob('*.pkl') if timed.fullmatch(file.name))
-    if not found:
-        return name
-    print(f'{plane}: no snapshot without a timestamp; the newest is taken: {found[-1]}')
-    return found[-1]
-
-
-def pretrained_folder(args):
-    """models/pretrained of the data folder."""
-    return Path(args.data_path, 'models', 'pretrained')
-
-
-def pretrained_name(args):
-    """`fcn8s_FD0_1.pth`: the FCN-8s that pretrain.py trains for a fold and an organ."""
-    return f'fcn8s_FD{args.current_fold}_{args.organ_ID}.pth'
-
-
-def find_pretrained(args):
-    """The FCN-8s to start training from: --pretrained, else the first there is in models/pretrained/."""
-    if args.pretrained:
-        return Path(args.pretrained)
-    folder = pretrained_folder(args)
-    names = ['fcn8s_from_caffe.pth', 'fcn8s_from_vgg16.pth', pretrained_name(args)]
-    found = next((folder / name for name in names if (folder / name).exists()), None)
-    if found is None:
-        raise FileNotFoundError(
-            f'{folder}: no FCN-8s to start from ({", ".join(names)}). Train one on this data with pretrain.py '
-            '(ENABLE_PRETRAINING=1 in run.sh), or convert one you have with pretrain.py --convert FILE'
-        )
-    return found
-
-
-def epoch_name(args):
-    """`e2682`: the epochs of S, I, J and the decay step."""
-    return f'e{args.epoch_S}{args.epoch_I}{args.epoch_J}{args.epoch_step}'
-
-
-def results_folder(args, stage, name):
-    """results/{stage}_testing_1e-5x10,20/{name} of the data folder."""
-    return Path(args.data_path, 'results', f'{stage}_testing_{training_settings(args)}', name)
 
 
 class Slice(NamedTuple):
@@ -180,7 +164,7 @@ class Slice(NamedTuple):
 
     @classmethod
     def read(cls, line):
-        """The record of a list line; ValueError where it is not one."""
+        """Return the record of a list line; raise ValueError where it is not one."""
         fields = line.split()
         try:
             average, numbers = float(fields[4]), [int(field) for field in fields[:2] + fields[5:]]
@@ -193,9 +177,9 @@ class Slice(NamedTuple):
         return cls(case, index, fields[2], fields[3], average, organs)
 
 
-def slice_averages(image, window):
-    """{plane: mean intensity of each slice} of `image` (W, H, L), clipped to `window`."""
-    clipped = np.clip(image, *window)
+def slice_averages(image, intensity_window):
+    """Return {plane: mean intensity of each slice} of `image` (W, H, L), clipped to `intensity_window` (HU)."""
+    clipped = np.clip(image, *intensity_window)
     exact = np.int64 if clipped.dtype.kind in 'iu' else np.float64
     rows = clipped.sum(axis=2, dtype=exact)  # (W, H)
     sums = {'X': rows.sum(axis=1), 'Y': rows.sum(axis=0), 'Z': clipped.sum(axis=(0, 1), dtype=exact)}
@@ -203,7 +187,7 @@ def slice_averages(image, window):
 
 
 def organ_extents(mask):
-    """{plane: (slices, 5) array} of `mask` (W, H, L): pixels, minA, maxA, minB, maxB of each slice; 0 where empty."""
+    """Return {plane: (slices, 5) array} of `mask` (W, H, L): pixels, minA, maxA, minB, maxB; 0 where it is empty."""
     counts = [mask.sum(axis=axis, dtype=np.int64) for axis in range(3)]
 
     def profile(axis, other):  # pixels by slice and place along the other axis
@@ -218,40 +202,121 @@ def organ_extents(mask):
 
 
 def _ends(hits):
-    """First and last True of each row of `hits` (slices, n); 0 where there is none."""
+    """Return first and last True of each row of `hits` (slices, n); 0 where there is none."""
     last = hits.shape[1] - 1 - hits[:, ::-1].argmax(axis=1)
     return hits.argmax(axis=1), np.where(hits.any(axis=1), last, 0)
 
 
-def case_names(data):
-    """Names of the cases that have both an image and a label, in file order; others are left out with a line."""
-    images, labels = (sorted(file.stem for file in (data / kind).glob('[!.]*.npy')) for kind in ('images', 'labels'))
-    for missing, names in (('label', set(images) - set(labels)), ('image', set(labels) - set(images))):
-        for name in sorted(names):
-            print(f'{name}: left out, it has no {missing}s/{name}.npy')
-    names = [name for name in images if name in labels]
-    if not names:
-        raise FileNotFoundError(f'{data}: no images/*.npy with labels/*.npy of the same name; convert the scans first')
-    for name in names:
-        if fault := name_fault(name):
-            raise ValueError(
-                f'{f"images/{name}.npy"!r}: a case name cannot hold {fault} (lists are divided by white space); rename it'
-            )
-    return names
+# --- snapshots and results -----------------------------------------------------------------------------------------
 
 
-def check_case(name, image, label, organ_number):
-    """The label as whole numbers; ValueError where the two volumes cannot be a case."""
-    if image.ndim != 3 or image.shape != label.shape or not image.size:
+def training_settings(args):
+    """Return `1e-5x10,20`: rate, multiplier and margin as they stand in folder names."""
+    return f'{args.learning_rate1}x{args.learning_rate_m1},{args.crop_margin}'
+
+
+def epoch_name(args):
+    """Return `e2682`: the epochs of S, I, J and the decay step."""
+    return f'e{args.epoch_S}{args.epoch_I}{args.epoch_J}{args.epoch_step}'
+
+
+def results_folder(args, stage, name):
+    """Return results/{stage}_testing_1e-5x10,20/{name} of the data folder."""
+    return Path(args.data_path, 'results', f'{stage}_testing_{training_settings(args)}', name)
+
+
+def snapshot_folder(args):
+    """Return models/snapshots/SIJ_training_1e-5x10,20 of the data folder."""
+    return Path(args.data_path, 'models', 'snapshots', f'SIJ_training_{training_settings(args)}')
+
+
+def snapshot_name(args, plane, mode, timestamp, step=None):
+    """Return `FD0:XJ3_1_20261123_000000.pkl`; a timestamp that has not 15 characters is left out.
+
+    step: of a snapshot within a mode, `..._step00500.pkl`.
+    """
+    stamp = f'_{timestamp}' if len(timestamp) == 15 else ''
+    stamp += '' if step is None else f'_step{step:05d}'
+    return f'FD{args.current_fold}:{plane}{mode}{args.slice_thickness}_{args.organ_ID}{stamp}.pkl'
+
+
+def averaged_snapshots(args, snapshot):
+    """Return the paths of a snapshot and, with --average N, of the N - 1 newest ones that --snapshot_steps saved."""
+    folder = snapshot_folder(args)
+    steps = sorted(
+        folder.glob(f'{glob.escape(snapshot.removesuffix(".pkl"))}_step*.pkl'),
+        key=lambda path: (len(path.name), path.name),
+    )
+    if len(steps) < args.average - 1:
         raise ValueError(
-            f'{name}: image {image.shape} and label {label.shape} are not two volumes (W, H, L) of one shape'
+            f'{folder}: {len(steps)} snapshots {snapshot.removesuffix(".pkl")}_step*.pkl, too few for --average {args.average}'
         )
-    if not np.isfinite(image).all():
-        raise ValueError(f'images/{name}.npy: not all values are finite')
-    if not (np.isfinite(label).all() and np.array_equal(label, np.floor(label)) and label.min() >= 0):
-        raise ValueError(f'labels/{name}.npy: not all values are whole numbers from 0')
-    if label.max() > organ_number:
-        print(
-            f'labels/{name}.npy: holds {label.max():g}, above organ_number {organ_number}: right only for an own is_organ'
+    return [folder / snapshot, *steps[len(steps) - args.average + 1 :]]
+
+
+def find_snapshot(args, plane, timestamp):
+    """Return the name of the snapshot to test: of the timestamp; else the one without; else, with a line, the newest."""
+    return _find_snapshots(args, {plane: timestamp})[0]
+
+
+def find_snapshots(args):
+    """Return the names of the three planes' snapshots to test, of timestamp1_X, _Y and _Z.
+
+    Planes without a timestamp of their own get snapshots of one training.
+    """
+    return _find_snapshots(args, {plane: getattr(args, f'timestamp1_{plane}') for plane in PLANES})
+
+
+def _find_snapshots(args, asked):
+    """Return the snapshot of each plane of {plane: timestamp}."""
+    open_planes = [plane for plane, timestamp in asked.items() if len(timestamp) != 15]
+    stored = {plane: stored_timestamps(args, plane) for plane in open_planes}
+    chosen = '_'
+    if any(stored.values()):
+        shared = set.intersection(*filter(None, stored.values()))
+        if not shared:
+            choice = '; '.join(f'{plane}: {", ".join(sorted(times))}' for plane, times in stored.items())
+            raise ValueError(f'{snapshot_folder(args)}: no training of all planes ({choice}); name the timestamps')
+        chosen = '_' if '_' in shared else max(shared)
+        if chosen != '_':
+            print(f'{", ".join(open_planes)}: no snapshot without a timestamp; tests the newest training: {chosen}')
+    return [snapshot_name(args, plane, 'J', chosen if plane in open_planes else time) for plane, time in asked.items()]
+
+
+def stored_timestamps(args, plane):
+    """Return the timestamps of a plane's stored snapshots of mode J, `_` for one without."""
+    name = snapshot_name(args, plane, 'J', '_').removesuffix('.pkl')
+    found = (
+        re.fullmatch(re.escape(name) + r'(?:_(.{15}))?\.pkl', file.name) for file in snapshot_folder(args).glob('*.pkl')
+    )
+    return {match[1] or '_' for match in found if match}
+
+
+def without_fold(args, snapshots):
+    """Return snapshot names, without `FD0:`, joined by commas."""
+    return ','.join(name.removeprefix(f'FD{args.current_fold}:') for name in snapshots)
+
+
+def pretrained_folder(args):
+    """Return models/pretrained of the data folder."""
+    return Path(args.data_path, 'models', 'pretrained')
+
+
+def pretrained_name(args):
+    """Return `fcn8s_FD0_1.pth`: the FCN-8s that pretrain.py trains for a fold and an organ."""
+    return f'fcn8s_FD{args.current_fold}_{args.organ_ID}.pth'
+
+
+def find_pretrained(args):
+    """Return the FCN-8s to start training from: --pretrained, else the first of those in models/pretrained/."""
+    if args.pretrained:
+        return Path(args.pretrained)
+    folder = pretrained_folder(args)
+    names = ['fcn8s_from_caffe.pth', 'fcn8s_from_vgg16.pth', pretrained_name(args)]
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f'{folder}: no FCN-8s to start from ({", ".join(names)}). Train one on this data with pretrain.py '
+            '(ENABLE_PRETRAINING=1 in run.sh), or convert one you have with pretrain.py --convert FILE'
         )
-    return label if label.dtype.kind in 'bui' else label.astype(np.int64)
+    return found

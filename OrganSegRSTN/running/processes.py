@@ -1,4 +1,7 @@
-"""running.processes."""
+"""The device of a process, and the processes of a run that torchrun started.
+
+Without torchrun a run is one process of rank 0, and the functions that communicate do nothing.
+"""
 
 import contextlib
 import datetime
@@ -10,11 +13,11 @@ import torch.distributed as dist
 
 
 def pick_device(GPU_ID):
-    """The device of a run, said in a line: CUDA device number GPU_ID, or the CPU without CUDA or with `cpu`.
+    """Return and print the device of a run: CUDA device number GPU_ID, or the CPU without CUDA or with `cpu`.
 
-    Of several (`0,1,2,3`, or `cpu,cpu`) each process on a machine takes its own.
+    GPU_ID may list one device for each process on a machine: `0,1,2,3`, or `cpu,cpu`.
     """
-    os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')  # torch's memory in huge pages: a third less time on a CPU
+    os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')  # huge pages: a third less time on a CPU
     GPU_IDs, rank = GPU_ID.split(','), local_rank()
     mine = GPU_IDs[rank] if rank < len(GPU_IDs) else ''
     if mine == 'cpu' or not torch.cuda.is_available():
@@ -24,7 +27,7 @@ def pick_device(GPU_ID):
         return device
     if not mine.isdigit() or int(mine) >= torch.cuda.device_count():
         raise ValueError(
-            f'GPU_ID {GPU_ID} holds no CUDA device for process {rank} of this machine; '
+            f'GPU_ID {GPU_ID} names no CUDA device for process {rank} of this machine; '
             f'there are {torch.cuda.device_count()}, from 0'
         )
     device = torch.device('cuda', int(mine))
@@ -34,38 +37,39 @@ def pick_device(GPU_ID):
 
 
 def device_name(device):
-    """`CPU, 2 threads` or `cuda:0, NVIDIA A100`."""
+    """Return `CPU, 2 threads` or `cuda:0, NVIDIA A100`."""
     if device.type == 'cpu':
         return f'CPU, {torch.get_num_threads()} threads'
     return f'{device}, {torch.cuda.get_device_name(device)}'
 
 
 def rank():
-    """The number of this process among all of the run, from 0; 0 logs and writes."""
+    """Return the number of this process in the run, from 0; rank 0 logs and writes."""
     return int(os.environ.get('RANK', '0'))
 
 
 def world_size():
-    """How many processes the run has."""
+    """Return the number of processes of the run."""
     return int(os.environ.get('WORLD_SIZE', '1'))
 
 
 def local_rank():
-    """The number of this process among those on this machine."""
+    """Return the number of this process on its machine, from 0."""
     return int(os.environ.get('LOCAL_RANK', '0'))
 
 
 def quiet():
-    """Let all but rank 0 print nothing; errors still reach the user."""
+    """Silence the output of all ranks but 0; errors are still printed."""
     if rank():
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
 
 
 @contextlib.contextmanager
 def process_group(device, hours=24):
-    """For the block the processes can talk: by nccl on GPUs, gloo on CPUs. A rank that is gone is a ConnectionError.
+    """Connect the processes during the block: nccl on GPUs, gloo on CPUs.
 
-    hours: how long a rank waits for another, which may have much longer cases to test.
+    Raise ConnectionError if another rank has exited. hours: how long a rank waits for another one,
+    whose cases may take much longer.
     """
     if world_size() == 1:
         yield
@@ -73,7 +77,7 @@ def process_group(device, hours=24):
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(hours=hours))
     try:
         yield
-        dist.barrier()  # all leave together: a process that ends while another still talks to it may abort
+        dist.barrier()  # exit together: a process can abort when another one exits during communication
     except (dist.DistError, RuntimeError) as error:
         if not isinstance(error, dist.DistError) and 'gloo' not in str(error).lower():
             raise
@@ -86,13 +90,13 @@ def process_group(device, hours=24):
 
 
 def wait():
-    """Wait until every process has come here."""
+    """Wait for every process."""
     if world_size() > 1:
         dist.barrier()
 
 
 def mean(values, device):
-    """The mean of `values` (floats) over all processes."""
+    """Return the mean of `values` (floats) over all processes."""
     if world_size() == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
@@ -101,7 +105,7 @@ def mean(values, device):
 
 
 def gather(value):
-    """[value of rank 0, of rank 1, ...], on every rank."""
+    """Return [value of rank 0, of rank 1, ...] on every rank."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()

@@ -1,99 +1,62 @@
-"""What a figure was made with: code revision, libraries, device, threads, seed and arguments."""
+"""results.txt, results.json and run.json of a result folder, and the provenance of a run.
+
+results.txt holds the published lines, results.json the same figures for programs, run.json what the
+volumes were made with.
+"""
 
 import contextlib
 import functools
 import hashlib
-import json
 import math
+import os
 import platform
-import statistics
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from running.files import LEFTOVERS, atomic_write, locked, open_file, read_json
+import numpy as np
+
+from running.files import LEFTOVERS, atomic_write, locked, open_file, read_json, write_json
 
 LIBRARIES = ('torch', 'numpy', 'scipy', 'fast-functions')
-
-
-def start(args):
-    """(device, provenance) of a stage that runs a network: the lines that every log begins with are printed."""
-    from running.processes import device_name, pick_device
-
-    device = pick_device(args.GPU_ID)
-    made = provenance(args, device_name(device))
-    print_provenance(made)
-    return device, made
-
-
-def start_without_network(args, stage):
-    """The provenance of a stage that runs no network: the same lines are printed."""
-    print(f'device: CPU ({stage} needs no other)')
-    made = provenance(args, 'CPU')
-    print_provenance(made)
-    return made
-
-
-def code():
-    """{what: value} of the code and its libraries."""
-    versions = {'python': platform.python_version()} | {name: library_version(name) for name in LIBRARIES}
-    return {'revision': revision(), 'versions': versions}
-
-
-def provenance(args, device):
-    """{what: value} of a run with these arguments on a device of this name."""
-    return code() | {
-        'device': device,
-        'arguments': {name: value for name, value in vars(args).items() if name != 'unused'},
-    }
-
-
-def print_provenance(made):
-    """Two lines: the code and its libraries, the arguments."""
-    print(f'code: {made["revision"]}; ' + ', '.join(f'{name} {value}' for name, value in made['versions'].items()))
-    print('arguments: ' + ' '.join(f'{name}={value}' for name, value in made['arguments'].items()), flush=True)
-
-
-@functools.cache
-def revision():
-    """The commit of the code, `-dirty` where files differ from it; `unknown` without git."""
-    command = ['git', '-C', Path(__file__).resolve().parent, 'describe', '--always', '--dirty', '--abbrev=12']
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return 'unknown'
-
-
-def library_version(name):
-    """The installed version of a library, or `none`."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return 'none'
-
-
-RUNS = 'runs'  # key of run.json: what is told of the runs that went into the folder; the others are settings
+RUNS = 'runs'  # key of run.json: provenance of the runs that wrote to the folder; all other keys are settings
 
 
 class Results:
-    """Lines of a stage: `with Results(folder) as results: results(line)` prints them and writes folder/results.txt."""
+    """Lines and figures of a stage: `with Results(folder, stage) as results: results(line)` prints and writes them."""
 
-    def __init__(self, folder):
-        self.path = folder / 'results.txt'
-        self.lines = []
-        self.undefined = set()  # places of the cases
+    def __init__(self, folder, stage):
+        self.folder, self.stage = folder, stage
+        self.lines, self.cases = [], []
+        self.undefined = set()  # indices of cases
 
     def __call__(self, line):
         print(line, flush=True)
         self.lines.append(line)
 
+    def add_case(self, number, case, scores, agreement=()):
+        """Add a case's figures to results.json. scores: {prefix of the volume's file: Dice}; agreement: Dice by round."""
+        scores = {
+            key: {
+                'DSC': None if math.isnan(dice.value) else dice.value,
+                'intersection': dice.inter,
+                'prediction': dice.pred,
+                'label': dice.label,
+            }
+            for key, dice in scores.items()
+        }
+        found = {'number': number, 'image_file': case.image_file, 'scores': scores}
+        if agreement:
+            found['agreement'] = {str(r): dice.value for r, dice in enumerate(agreement, 1)}
+        self.cases.append(found)
+
     def average(self, values):
-        """Mean and population standard deviation of the defined values (nan is left out); nan where there is none."""
+        """Return numpy's mean and std of the defined values (nan is left out); nan where there is none."""
         defined = [value for value in values if not math.isnan(value)]
         self.undefined |= {i for i, value in enumerate(values) if math.isnan(value)}
         if not defined:
             return math.nan, math.nan
-        return statistics.fmean(defined), statistics.pstdev(defined)
+        return float(np.mean(defined)), float(np.std(defined))
 
     def __enter__(self):
         return self
@@ -105,14 +68,15 @@ class Results:
             self(
                 f'{len(self.undefined)} case(s) with an empty label and an empty prediction left out of the averages .'
             )
-        with atomic_write(self.path, 'w') as file:
+        with atomic_write(self.folder / 'results.txt', 'w') as file:
             file.write('\n'.join(self.lines) + '\n')
-        print(f'written: {self.path.parent}', flush=True)
+        write_json(self.folder / 'results.json', {'stage': self.stage, 'cases': self.cases})
+        print(f'written: {self.folder}', flush=True)
 
 
 @contextlib.contextmanager
 def lock_folders(*folders):
-    """Hold result folders for the block: a second run into one of them is told who is at work, and stops."""
+    """Lock result folders during the block, so that no second run writes into them."""
     with contextlib.ExitStack() as locks:
         for folder in folders:
             locks.enter_context(locked(folder / '.lock', LEFTOVERS, f'volumes/{LEFTOVERS}'))
@@ -120,81 +84,69 @@ def lock_folders(*folders):
             yield
         except KeyboardInterrupt:
             if folders:
-                print(f'stopped: the volumes in {folders[0]} are whole; the next run goes on after them', flush=True)
+                print(f'stopped: the volumes in {folders[0]} are whole; the next run continues after them', flush=True)
             raise
 
 
-def prepare_folder(folder, settings, made):
-    """Make sure that what is stored in folder/volumes was made with these settings (kept in folder/run.json).
+# --- run.json: what the volumes were made with ---------------------------------------------------------------------
 
-    Volumes made with others, or beside a run.json that cannot be read, are removed, said in a line, and with them the
-    results.txt of their figures; volumes without a run.json (the published pipeline's) are kept. A value None is unknown
-    and equals any. made: the provenance of this run, told beside that of the former runs that made some of the volumes.
+
+def prepare_folder(folder, settings, provenance, overwrite=False):
+    """Record in folder/run.json what the volumes are made with; raise ValueError where stored ones were made otherwise.
+
+    settings: {name: value}, flat; None is unknown and agrees with any value. Volumes without a
+    run.json (the published pipeline's) are kept, with a line. overwrite: remove volumes of other
+    settings, and their figures, instead of raising.
     """
     path = folder / 'run.json'
-    volumes = list(folder.glob('volumes/*.npz'))
-    former, damage = {}, None
+    volumes = list(folder.glob('volumes/*.npz')) + list(folder.glob('*.nii.gz'))
+    settings = {name: value for name, value in settings.items() if value is not None}
     try:
         former = _read_run(path)
+        differing = [f'{name} was {former[name]}, is {value}' for name, value in settings.items()
+                     if former.get(name, value) != value]  # fmt: skip
     except ValueError as error:
-        damage = error
-    if volumes and not (damage or former.keys() - {RUNS}):
-        print(f'{folder}: {len(volumes)} volumes of unknown settings are taken as they are (no run.json)')
-    differing = [f'{k}: {former[k]}, now {v}' for k, v in settings.items() if not _same(former.get(k), v)]
-    if volumes and (damage or differing):
-        kind = 'unknown' if damage else 'other'
-        print(
-            f'{folder}: {len(volumes)} volumes made with {kind} settings are made again ({damage or "; ".join(differing)})'
-        )
-    if damage or differing:
-        discard(folder, volumes)
-    known = {key: _known(former.get(key), value) for key, value in settings.items()}
-    runs = [run for run in former.get(RUNS, []) if volumes and not differing and run != made]
-    if damage or known | {RUNS: [*runs, made]} != former:
-        with atomic_write(path, 'w') as file:
-            json.dump(known | {RUNS: [*runs, made]}, file, indent=1)
+        former, differing = {}, [str(error)]
+    if volumes and differing:
+        if not overwrite:
+            raise ValueError(
+                f'{folder}: its volumes were made with other settings ({"; ".join(differing)}); '
+                'give the former settings, or --overwrite (OVERWRITE=1 in run.sh) to make the volumes again'
+            )
+        remove_results(folder, volumes)
+        volumes, former = [], {}
+    if volumes and not former:
+        print(f'{folder}: uses {len(volumes)} volumes of unknown settings (there is no run.json)')
+    known = {name: value for name, value in former.items() if name != RUNS} if volumes else {}
+    runs = [run for run in former.get(RUNS, []) if volumes and run != provenance]
+    content = known | settings | {RUNS: [*runs, provenance]}
+    if content != former:
+        write_json(path, content)
 
 
-def discard(folder, volumes):
-    """Remove volumes of a result folder, their NIfTIs, and first the figures that were made of them."""
-    (folder / 'results.txt').unlink(missing_ok=True)
+def remove_results(folder, volumes):
+    """Remove volumes of a result folder and their NIfTI files, and first the figures that were made of them."""
+    for name in ('results.txt', 'results.json'):
+        (folder / name).unlink(missing_ok=True)
     for volume in volumes:
         volume.unlink()
         volume.with_suffix('.nii.gz').unlink(missing_ok=True)
 
 
-def _known(former, now):
-    """`now`, or `former` in the places where that is None."""
-    if isinstance(now, list) and isinstance(former, list) and len(now) == len(former):
-        return list(map(_known, former, now))
-    return former if now is None else now
-
-
-def _same(former, now):
-    if former is None or now is None:
-        return True
-    if isinstance(now, list) and isinstance(former, list):
-        return len(former) == len(now) and all(map(_same, former, now))
-    if isinstance(now, dict) and isinstance(former, dict):
-        return all(_same(former.get(key), value) for key, value in now.items())
-    return former == now
-
-
 def read_settings(path):
-    """The settings in a run.json, without its runs; None where there is none; ValueError names one that cannot be read."""
+    """Return the settings in a run.json, without its runs; {} where there is none; raise ValueError if damaged."""
     try:
         content = _read_run(path)
     except ValueError as error:
-        raise ValueError(f'{error}; run the stage that made it again') from None
-    return {key: value for key, value in content.items() if key != RUNS} or None
+        raise ValueError(f'{error}; run the stage that made it again, with --overwrite') from None
+    return {name: value for name, value in content.items() if name != RUNS}
 
 
 def _read_run(path):
-    """The content of a run.json; {} where there is none; ValueError names one that cannot be read."""
     try:
         content = read_json(path)
         if not isinstance(content.get(RUNS, []), list):
-            raise ValueError(f'its {RUNS} are no list')
+            raise ValueError(f'its {RUNS} are not a list')
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -203,7 +155,7 @@ def _read_run(path):
 
 
 def checksum(path):
-    """SHA-256 of a file, or None where it is gone, or no file but a pipe or a device."""
+    """Return the SHA-256 of a file; None where it is missing, or no file but a pipe or a device."""
     digest = hashlib.sha256()
     try:
         with open_file(path) as file:
@@ -212,3 +164,87 @@ def checksum(path):
     except (FileNotFoundError, ValueError):
         return None
     return digest.hexdigest()
+
+
+class Checksums:
+    """SHA-256 of files of a data folder; those of unchanged files are remembered in its .checksums.json.
+
+    A file is unchanged where size, inode and times of modification and change are.
+    """
+
+    def __init__(self, data_path):
+        self.path = Path(data_path, '.checksums.json')
+        try:
+            self.known = read_json(self.path)
+        except (OSError, ValueError):
+            self.known = {}
+
+    def __call__(self, path):
+        """Return the SHA-256 of a file; None where it is missing, or no file but a pipe or a device."""
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        state = [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+        remembered = self.known.get(str(path))
+        if not (isinstance(remembered, list) and remembered[:-1] == state):
+            self.known[str(path)] = remembered = [*state, checksum(path)]
+        return remembered[-1]
+
+    def save(self):
+        """Write what is known; a data folder that cannot be written to costs only time."""
+        with contextlib.suppress(OSError):
+            write_json(self.path, self.known)
+
+
+# --- provenance ----------------------------------------------------------------------------------------------------
+
+
+def start(args):
+    """Return (device, provenance) of a stage that runs a network, and print the lines that begin every log."""
+    from running.processes import device_name, pick_device  # importing torch takes seconds
+
+    device = pick_device(args.GPU_ID)
+    return device, print_provenance(args, device_name(device))
+
+
+def start_without_network(args, stage):
+    """Return the provenance of a stage that runs no network, and print the same lines."""
+    print(f'device: CPU ({stage} needs no other)')
+    return print_provenance(args, 'CPU')
+
+
+def print_provenance(args, device):
+    """Return the provenance of a run with these arguments, and print it: code and libraries, arguments."""
+    provenance = code() | {
+        'device': device,
+        'arguments': {name: value for name, value in vars(args).items() if name != 'unused'},
+    }
+    versions = ', '.join(f'{name} {value}' for name, value in provenance['versions'].items())
+    print(f'code: {provenance["revision"]}; {versions}')
+    print('arguments: ' + ' '.join(f'{name}={value}' for name, value in provenance['arguments'].items()), flush=True)
+    return provenance
+
+
+def code():
+    """Return {'revision': ..., 'versions': {...}} of the code and its libraries."""
+    versions = {'python': platform.python_version()} | {name: library_version(name) for name in LIBRARIES}
+    return {'revision': revision(), 'versions': versions}
+
+
+@functools.cache
+def revision():
+    """Return the commit of the code, with `-dirty` where files differ from it; `unknown` without git."""
+    command = ['git', '-C', Path(__file__).resolve().parent, 'describe', '--always', '--dirty', '--abbrev=12']
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return 'unknown'
+
+
+def library_version(name):
+    """Return the installed version of a library, or `none`."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return 'none'

@@ -1,7 +1,4 @@
-"""The positional arguments of every stage script, each spelled once, and the way a script starts and fails.
-
-A stage lists the names it takes, in order; the published order and meaning of all of them are in README.md.
-"""
+"""How a script ends: errors in one line, exit codes, signals."""
 
 import contextlib
 import json
@@ -13,11 +10,11 @@ import traceback
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, answered like Ctrl-C but for the exit code."""
+    """SIGTERM: handled like Ctrl-C, with another exit code."""
 
 
 class _Signals:
-    """Ctrl-C and SIGTERM as exceptions; while `hold` is set the first of them is put off."""
+    """Ctrl-C and SIGTERM as exceptions; while `hold` is set the first of them waits."""
 
     hold = False
     waiting = None
@@ -34,7 +31,7 @@ class _Signals:
 
 @contextlib.contextmanager
 def uninterrupted():
-    """The first Ctrl-C or SIGTERM waits until the end of the block, which may ask for the exception that waits."""
+    """Delay the first Ctrl-C or SIGTERM to the end of the block; yield a function that returns the waiting exception."""
     _Signals.hold = True
     try:
         yield lambda: _Signals.waiting
@@ -45,34 +42,34 @@ def uninterrupted():
 
 
 def report_to_torchrun(message):
-    """Where torchrun started this process: let its own report, which follows, end with the message as the cause."""
+    """Give torchrun, where it started this process, the message that its own report ends with."""
     if file := os.environ.get('TORCHELASTIC_ERROR_FILE'):
         with contextlib.suppress(OSError), open(file, 'w') as report:
             json.dump({'message': message, 'timestamp': int(time.time())}, report)
 
 
 def foreseeable(error):
-    """Whether an error is the user's or the machine's, and its message what the user needs."""
-    if isinstance(error, RuntimeError):  # torch's, without memory
+    """Return whether an error is the user's or the machine's, so that its message is all that the user needs."""
+    if isinstance(error, RuntimeError):  # torch, out of memory
         return any(text in str(error) for text in ('out of memory', "can't allocate memory"))
     return isinstance(error, (ValueError, OSError, MemoryError))
 
 
 def run(main):
-    """Run a script: a user's mistake ends it with one line and exit code 1, Ctrl-C with 130, SIGTERM with 143.
+    """Run a script: a foreseeable error ends it with one line and exit code 1, Ctrl-C with 130, SIGTERM with 143.
 
-    RSTN_TRACEBACK=1 in the environment shows where the mistake was noticed.
+    RSTN_TRACEBACK=1 in the environment prints the traceback, too.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and background shells have it
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup and background shells ignore them
             signal.signal(number, _Signals.answer)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):  # a name that the terminal cannot show stops nothing
+        if hasattr(stream, 'reconfigure'):  # print names that the terminal's encoding lacks
             stream.reconfigure(errors='backslashreplace')
     try:
         status = main()
     except (KeyboardInterrupt, Exception) as error:
-        # numpy may make a TypeError of the exception that a signal raises while it reads a file
+        # numpy can turn the exception of a signal that arrives while it reads a file into a TypeError
         if signalled := _Signals.raised or (isinstance(error, KeyboardInterrupt) and type(error)):
             sys.exit(143 if signalled is Terminated else 130)
         if not foreseeable(error):

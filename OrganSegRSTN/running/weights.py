@@ -1,4 +1,5 @@
-"""running.weights."""
+"""Reading snapshots and other weights from strangers: a pickle that would run code, or ask for more memory than its
+file explains, is refused before torch loads it."""
 
 import os
 import pickle
@@ -8,56 +9,6 @@ import zipfile
 import torch
 
 from running.files import open_file, quoted
-
-
-def load_weights(path):
-    """The state dict in a file of any PyTorch since 0.4, on the CPU, without a `module.` prefix; runs no code of it."""
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=check_weights(path) or None)
-    except FileNotFoundError:
-        raise missing_weights(path) from None
-    except (pickle.UnpicklingError, ForeignCall) as error:
-        reason = str(error).split('\n')[0]
-        raise ValueError(f'{path}: refused, since it is not plain weights or is broken ({reason})') from None
-    except PermissionError:
-        raise
-    except Exception as error:  # a truncated file fails in any of a dozen ways, some without a message
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f'{path}: not a readable snapshot ({reason}); download or train it again') from None
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) and v.ndim and v.numel() for k, v in state.items()
-    ):
-        raise ValueError(f'{path}: not a state dict of tensors')
-    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > os.path.getsize(path):
-        raise ValueError(f'{path}: refused, its tensors claim more numbers than the file holds')
-    for key in [key for key in state if key.startswith('module.')]:
-        state[key.removeprefix('module.')] = state.pop(key)
-    return state
-
-
-def missing_weights(path):
-    """The error to raise where a snapshot or other weights are not there."""
-    return FileNotFoundError(
-        f'{path}: no such weights; train them first, or look whether fold, plane, organ, rates, margin and timestamp '
-        'are those of the training'
-    )
-
-
-def check_shapes(path, state, expected):
-    """ValueError where `state` lacks a key of `expected`, or holds it in another shape."""
-    wrong = next((key for key in expected if key not in state or state[key].shape != expected[key].shape), None)
-    if wrong is not None:
-        found = tuple(state[wrong].shape) if wrong in state else 'missing'
-        raise ValueError(f'{path}: {wrong} is {found}, expected {tuple(expected[wrong].shape)}')
-
-
-def trained_on(weights):
-    """{'organ_ID': ..., 'cases': [image file, ...]} that pretrain.py tells with its weights; {} with others."""
-    metadata = getattr(weights, '_metadata', None)
-    told = metadata.get('trained_on') if isinstance(metadata, dict) else None
-    cases = told.get('cases') if isinstance(told, dict) else None
-    return told if isinstance(cases, list) and all(isinstance(case, str) for case in cases) else {}
-
 
 PLAIN = {'collections OrderedDict'} | {
     f'torch._utils {name}' for name in ('_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_parameter')
@@ -69,15 +20,97 @@ PLAIN = {'collections OrderedDict'} | {
 
 
 class ForeignCall(Exception):
-    """A pickle calls what no plain weights need."""
+    """A pickle calls something that plain weights do not need."""
+
+
+def load_weights(path):
+    """Return the state dict in a file of PyTorch 0.4 or newer, on the CPU, without a `module.` prefix.
+
+    Raise ValueError where the file is damaged, not plain weights, or would run code.
+    """
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=check_weights(path) or None)
+    except FileNotFoundError:
+        raise missing_weights(path) from None
+    except (pickle.UnpicklingError, ForeignCall) as error:
+        reason = str(error).split('\n')[0]
+        raise ValueError(f'{path}: refused: it is damaged or not plain weights ({reason})') from None
+    except PermissionError:
+        raise
+    except Exception as error:  # a truncated file fails in many ways, some without a message
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f'{path}: not a readable snapshot ({reason}); download or train it again') from None
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) and v.ndim and v.numel() for k, v in state.items()
+    ):
+        raise ValueError(f'{path}: not a state dict of tensors')
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > os.path.getsize(path):
+        raise ValueError(f'{path}: refused: its tensors ask for more numbers than the file holds')
+    for key in [key for key in state if key.startswith('module.')]:
+        state[key.removeprefix('module.')] = state.pop(key)
+    return state
+
+
+def missing_weights(path):
+    """Return the error to raise where a snapshot or other weights do not exist."""
+    return FileNotFoundError(
+        f'{path}: no such weights; train them first, or check that fold, plane, organ, rates, margin and timestamp '
+        'are those of the training'
+    )
+
+
+def check_shapes(path, state, expected):
+    """Raise ValueError where `state` lacks a key of `expected`, or holds it in another shape."""
+    wrong = next((key for key in expected if key not in state or state[key].shape != expected[key].shape), None)
+    if wrong is not None:
+        found = tuple(state[wrong].shape) if wrong in state else 'missing'
+        raise ValueError(f'{path}: {wrong} is {found}, expected {tuple(expected[wrong].shape)}')
+
+
+# --- what weights say of their training ----------------------------------------------------------------------------
+
+FACTS = {
+    'organ_ID': int, 'plane': str, 'slice_thickness': int, 'crop_margin': int, 'intensity_window': list, 'cases': list,
+    'orientation': str, 'spacing': list, 'recipe': str, 'revision': str,
+}  # fmt: skip
+
+
+def describe(state, **facts):
+    """Store facts of the training (see FACTS) in a state dict; other readers of the file ignore them."""
+    state._metadata['OrganSegRSTN'] = facts
+    return state
+
+
+def description(weights):
+    """Return the facts of `describe`, those of the right type; {} for weights of others."""
+    metadata = getattr(weights, '_metadata', None)
+    found = metadata.get('OrganSegRSTN') if isinstance(metadata, dict) else None
+    facts = found.items() if isinstance(found, dict) else ()
+    facts = {name: value for name, value in facts if name in FACTS and isinstance(value, FACTS[name])}
+    for name, length in (('intensity_window', 2), ('spacing', 3)):
+        numbers = [value for value in facts.get(name, ()) if isinstance(value, int | float)]
+        if name in facts and len(numbers) != length:
+            del facts[name]
+    return facts
+
+
+def check_facts(path, facts, expected):
+    """Raise ValueError where weights were trained with other values than these; None is unknown."""
+    for name, value in expected.items():
+        known = facts.get(name)
+        if None not in (value, known) and known != (list(value) if isinstance(value, tuple) else value):
+            raise ValueError(f'{path}: trained with {name} {known}, not {value}')
+
+
+# --- before loading ------------------------------------------------------------------------------------------------
 
 
 def check_weights(path):
-    """Refuse a file of weights that would call anything but what tensors are made of, or that claims sizes beyond its own.
+    """Refuse a file of weights that calls anything but tensor constructors, or asks for more than its own size.
 
-    Nor may a bit of it have changed, where it is a zip archive; the legacy format holds no checksum.
-    torch.load(weights_only=True) still takes bytearray(10**12), and packed entries of any size. -> whether it is a zip
-    archive, told by its first bytes as torch does, or legacy
+    A zip archive is also checked against its checksums; the legacy format has none. torch.load with
+    weights_only=True still takes bytearray(10**12), and compressed entries of any size. Return
+    whether the file is a zip archive (by its first bytes, as torch does), not legacy.
     """
     with open_file(path) as file:
         size, start = os.fstat(file.fileno()).st_size, file.read(4)
@@ -97,34 +130,37 @@ def check_weights(path):
 
 
 def check_archive(path):
-    """Refuse a zip archive that torch has written where an entry is not what its checksum (CRC-32) says.
+    """Refuse a zip archive of torch in which an entry differs from its checksum (CRC-32), which torch does not check.
 
-    0.2 s for a snapshot of 1 GB in the page cache, read a piece at a time; torch itself looks at no checksum.
+    This takes 0.2 s for a snapshot of 1 GB in the page cache.
     """
     with open_file(path) as file, zipfile.ZipFile(file) as archive:
         plain_entries(archive, os.fstat(file.fileno()).st_size)
         if broken := archive.testzip():
-            raise ValueError(
-                f'its entry {quoted(broken)} is not what its checksum says: it has changed since it was saved'
-            )
+            raise ValueError(f'its entry {quoted(broken)} differs from its checksum: it has changed since it was saved')
 
 
 def plain_entries(archive, size):
-    """The entries of a zip archive of `size` bytes; ValueError where they are packed, or claim more."""
+    """Return the entries of a zip archive of `size` bytes; refuse compressed ones, and sizes beyond the file's."""
     entries = archive.infolist()
     if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
-        raise ValueError('its entries claim more bytes than the file holds')
+        raise ValueError('its entries ask for more bytes than the file holds')
     return entries
 
 
 def check_pickle(file, size):
-    """Read one pickle, without carrying it out: ForeignCall names a call that plain weights do not need; ValueError
-    a number above `size`, the bytes of the file, which cannot be that of a tensor in it.
+    """Scan one pickle without executing it.
+
+    Raise ForeignCall where it calls what plain weights do not need; raise ValueError for a number
+    above `size`, the bytes of the file: no tensor in it can have so many elements.
     """
     for operation, argument, _ in pickletools.genops(file):
         if operation.name in ('GLOBAL', 'INST') and argument not in PLAIN:
             raise ForeignCall(f'it calls {argument.replace(" ", ".")}')
         if operation.name in ('STACK_GLOBAL', 'EXT1', 'EXT2', 'EXT4'):
-            raise ForeignCall('it calls what is not plain weights')
+            raise ForeignCall('it calls what plain weights do not need')
         if size is not None and isinstance(argument, int) and argument > size:
-            raise ValueError(f'it claims {argument} of something, more than the {size} bytes of the file')
+            raise ValueError(
+                f'its header asks for {argument} elements, but the file has {size} bytes: '
+                'it is damaged or not a snapshot'
+            )

@@ -1,4 +1,4 @@
-"""What dicom2npy.py and nii2npy.py share: case names, writing a case, and going on when a case fails."""
+"""What dicom2npy.py and nii2npy.py share: naming and writing a case, going on when one fails."""
 
 import contextlib
 import re
@@ -22,13 +22,13 @@ from scans.geometry import (
 
 
 def case_name(text):
-    """Return the case of a folder or file: 0001 for PANCREAS_0001, label0001 and img0001, else its own name."""
+    """Return 0001 for PANCREAS_0001, label0001 and img0001; another folder or file names its case."""
     numbered = re.fullmatch(r'(?:PANCREAS_|label|img)(\d+)', text)
     return numbered[1] if numbered else text
 
 
 def only_one(case, sources):
-    """Return the one source of a case; ValueError if it has several, or if its name does not fit into a list."""
+    """Return the one source of a case; ValueError: several, or a name that no list can hold."""
     if len(sources) > 1:
         raise ValueError(f'{len(sources)} sources for one case: {", ".join(map(str, sources))}; keep one of them')
     if fault := name_fault(case):
@@ -55,8 +55,9 @@ def save_array(path, array):
 
 
 def save_scan(data_path, case, scan, label=None):
-    """Write geometry/CASE.json and images/CASE.npy; print a line. `label`, if given, is saved next; else one that is there and
-    was made for another image is named.
+    """Write geometry/CASE.json and images/CASE.npy; print a line.
+
+    label: what save_label writes next. Without it, a label of another image that is there is named.
     """
     geometry = scan.geometry or Geometry(np.eye(4), 'nothing', str(image_file(data_path, case)), 'unknown')
     partners = {'shape': scan.image.shape, 'image_crc32': checksum(scan.image)}
@@ -80,7 +81,7 @@ def save_label(data_path, case, label):
 
 
 def _partner_label(data_path, case, geometry, image_crc32):
-    """Return the record of the label that is there when an image is converted: null, with a line, if of another image."""
+    """Return the record of the label beside a new image: null, with a line, if of another image."""
     image, record = image_file(data_path, case), geometry_file(data_path, case)
     with contextlib.suppress(ValueError):  # nothing is known of what is broken
         content, former = read_record(record), load_geometry(record)
@@ -103,7 +104,7 @@ def label_file(data_path, case):
 
 
 def convert_all(data_path, cases, convert):
-    """Call convert(case, sources) for each item of `cases`; name one that fails and go on. Return exit code 0 or 1."""
+    """Call convert(case, sources) for each item of `cases`, also after failures; return the exit code."""
     failed = []
     with locked(Path(data_path, '.lock'), *(f'{kind}/{LEFTOVERS}' for kind in ('images', 'labels', 'geometry'))):
         for case, sources in sorted(cases.items()):

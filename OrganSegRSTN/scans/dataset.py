@@ -1,7 +1,6 @@
-"""The files of a data set to convert with nii2npy.py: images, labels, and the organs in nnU-Net's dataset.json."""
+"""The files of a data set for nii2npy.py: images, labels, and the organs in dataset.json."""
 
 import glob
-import json
 import os
 import re
 from collections import defaultdict
@@ -14,7 +13,7 @@ SCAN = re.compile(r'\.(nii(\.gz)?|nrrd|mha|mhd)$', re.IGNORECASE)
 
 
 def find(raw, where, places):
-    """Return {case: [path, ...]} of the scans in `where`, else in the `places` of `raw`; print what is left out."""
+    """Return {case: [path, ...]} in `where`, else in the `places` of `raw`; print what is left out."""
     if where is None:
         patterns = [os.path.join(glob.escape(raw), place, '*') for place in places]
     elif os.path.isdir(where):
@@ -35,7 +34,7 @@ def find(raw, where, places):
 
 
 def find_files(pattern):
-    """Return {case: [path, ...]} of the scans that match a pattern; its last * stands for the case."""
+    """Return {case: [path, ...]} of a pattern, whose last * stands for the case."""
     parts = Path(pattern).parts
     place = max(i for i, part in enumerate(parts) if '*' in part)
     around = re.sub(r'\.nii(\.gz|\*)?$', '', parts[place]).split('*')
@@ -51,7 +50,7 @@ def find_files(pattern):
 
 
 def print_left_out(pattern):
-    """Print how many files of the folders that FOLDER/* matches are no scans by name, or hidden, and the first five."""
+    """Print how many files that FOLDER/* matches are hidden or no scans by name, and five of them."""
     hidden = glob.glob(f'{pattern[:-1]}.*')
     paths = hidden + [path for path in glob.glob(pattern) if not SCAN.search(path)]
     paths = sorted(path for path in paths if not os.path.isdir(path) and not path.endswith(('.npy', '.part')))
@@ -61,7 +60,7 @@ def print_left_out(pattern):
 
 
 def without_channel(images, labels):
-    """Return the images with nnU-Net's NAME_0000, NAME_0001 ... under NAME, if that is a label's name."""
+    """Return the images, nnU-Net's NAME_0000, NAME_0001 ... under NAME if a label has that name."""
     cases = defaultdict(list)
     for case, paths in images.items():
         name = re.sub(r'_\d{4}$', '', case)
@@ -69,21 +68,36 @@ def without_channel(images, labels):
     return cases
 
 
-def save_organ_names(raw, data_path):
-    """Write organs.json, {"1": "pancreas", ...}, from raw/dataset.json, if there is one, and print ORGAN_NUMBER."""
-    path, organs = Path(raw, 'dataset.json'), {}
+def read_label_names(path):
+    """Return {number: name} of a dataset.json, nnU-Net's {"spleen": 1} or Decathlon's {"1": "spleen"}.
+
+    {} without such a file; ValueError if it has no labels.
+    """
     try:
-        for key, value in dict(
-            read_json(path)['labels']
-        ).items():  # Decathlon's {"1": "pancreas"}, nnU-Net's the reverse
-            number, name = (key, value) if str(key).isdecimal() else (value, key)
-            if str(number).isdecimal() and int(number) > 0 and name != 'ignore':
-                organs[int(number)] = ' '.join(str(name).split())
+        labels = read_json(path).get('labels', {}).items()
     except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'{path}: no label names ({error})') from None
+    number = re.compile('[0-9]{1,3}')
+    pairs = [pair if number.fullmatch(pair[0]) else (pair[1], pair[0]) for pair in labels]
+    return {
+        int(organ): name
+        for organ, name in pairs
+        if number.fullmatch(str(organ)) and isinstance(name, str) and name.isprintable()
+    }
+
+
+def copy_label_names(raw, data_path):
+    """Copy raw/dataset.json, if there is one, to the data folder for report.py; print ORGAN_NUMBER."""
+    path, copy = Path(raw, 'dataset.json'), Path(data_path, 'dataset.json')
+    try:
+        names = {number: name for number, name in read_label_names(path).items() if number and name != 'ignore'}
+    except ValueError as error:
+        print(error)
         return
-    except (ValueError, KeyError, TypeError) as error:
-        print(f'{path}: no labels in it ({error!r})')
-    if organs:
-        with atomic_write(Path(data_path, 'organs.json'), 'w') as file:
-            json.dump(dict(sorted(organs.items())), file)
-        print(f'ORGAN_NUMBER={max(organs)}: {", ".join(f"{number} {name}" for number, name in sorted(organs.items()))}')
+    if names:
+        print(f'ORGAN_NUMBER={max(names)}: {", ".join(f"{number} {name}" for number, name in sorted(names.items()))}')
+        if not (copy.exists() and copy.samefile(path)):
+            with atomic_write(copy) as file:
+                file.write(path.read_bytes())

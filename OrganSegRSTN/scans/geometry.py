@@ -1,7 +1,8 @@
 """Where an array lies in the patient: its affine, and how a label is turned onto its image.
 
-An affine (4, 4) maps an index of the array *as stored* to RAS+ mm. Arrays are stored as published: an image is (rows,
-columns, slices) of its DICOM slices, and a NIfTI array becomes that by transpose(1, 0, 2).
+An affine (4, 4) maps an index of the array *as stored* to RAS+ mm. Arrays are stored as published:
+an image is (rows, columns, slices) of its DICOM slices, and a NIfTI array becomes that by
+transpose(1, 0, 2).
 """
 
 import itertools
@@ -21,10 +22,11 @@ TOLERANCE = 0.1  # voxels by which the corners of two grids may differ
 
 
 class Geometry(NamedTuple):
-    """`affine` (4, 4) of an array, what it `holds`, the `source` file or folder and its `type`, such as DICOM.
+    """`affine` (4, 4) of an array, what it `holds`, the `source` (a path) and its `type`, as DICOM.
 
-    An affine holds its array's 'position' in the patient; or only its 'spacing', if it is a scaled permutation at the
-    origin, which programs write that know no position; or 'nothing', if its header says so.
+    An affine holds its array's 'position' in the patient; or only its 'spacing', if it is a scaled
+    permutation at the origin, which programs write that know no position; or 'nothing', if its
+    header says so.
     """
 
     affine: np.ndarray
@@ -60,7 +62,7 @@ def known(geometry):
 
 
 def axis_codes(geometry):
-    """Return where an array's axes run to, such as PLI (back, left, down); '' if its position is not known."""
+    """Return where an array's axes run to, as PLI (back, left, down); '' if that is not known."""
     return ''.join(axes.aff2axcodes(geometry.affine)) if geometry and geometry.holds == 'position' else ''
 
 
@@ -97,12 +99,15 @@ def save_geometry(path, geometry, **partners):
 
 
 def load_geometry(path, shape=None, image=None):
-    """Return the geometry in a file; None if there is no such file, or (with a line) it is not of this shape or image."""
+    """Return the geometry in a file; None if there is none, or (with a line) it does not fit.
+
+    It does not fit if it was written for an image of another `shape`, or other than `image`.
+    """
     content = read_record(path)
     if not content:
         return None
     if shape and (fault := _image_fault(content, shape, image)):
-        print(f'{path}: not used, {fault}; convert the image again')
+        print(f'{path}: not used with its image: {fault} since its conversion; convert it again')
         return None
     try:
         affine, holds = np.array(content['affine'], float).reshape(4, 4), content['holds']
@@ -116,25 +121,29 @@ def load_geometry(path, shape=None, image=None):
 
 
 def check_partners(data_path, case, image, label):
-    """Raise ValueError if images/CASE.npy or labels/CASE.npy is not what geometry/CASE.json was written with.
+    """Raise ValueError if an image or label is not the one that geometry/CASE.json was written for.
 
-    It holds the `shape` and `image_crc32` of the image, and the `label_crc32` of the label, which is null where the
-    image is newer than the label. What it does not hold is not checked: not of older data folders, not of own arrays.
+    The file holds `shape` and `image_crc32` of the image and `label_crc32` of the label, which is
+    null if the label belongs to an earlier image. What it does not hold is not checked: older data
+    folders and arrays of your own have none of it.
     """
     path = geometry_file(data_path, case)
     content = read_record(path)
-    cure = f'convert it again, or, if you changed it on purpose, delete "{{}}" from {path}'
     if fault := _image_fault(content, image.shape, image):
-        raise ValueError(f'images/{case}.npy: not the image that was converted, {fault}; {cure.format("image_crc32")}')
-    if 'label_crc32' in content and content['label_crc32'] != checksum(label):
-        why = 'not the label that was converted' if content['label_crc32'] else f'older than images/{case}.npy'
-        raise ValueError(f'labels/{case}.npy: {why}; {cure.format("label_crc32")}')
+        what, entry = f'images/{case}.npy: {fault}', '' if 'shape' in fault else '"image_crc32" from '
+    elif 'label_crc32' in content and content['label_crc32'] != checksum(label):
+        earlier = content['label_crc32'] is None
+        fault = f'images/{case}.npy has changed' if earlier else 'its voxels have changed'
+        what, entry = f'labels/{case}.npy: {fault}', '"label_crc32" from '
+    else:
+        return
+    raise ValueError(f'{what} since its conversion; convert it again, or, if that is right, delete {entry}{path}')
 
 
 def _image_fault(content, shape, image):
-    """Return how an image differs from the one that a geometry was written for; '' if it does not."""
+    """Return how an image differs from the one of a geometry file; '' if it does not."""
     if content.get('shape', list(shape)) != list(shape):
-        return f'its shape is {tuple(shape)} instead of {content["shape"]}'
+        return f'its shape is {list(shape)} instead of {content["shape"]}'
     if image is not None and content.get('image_crc32') not in (None, checksum(image)):
         return 'its voxels have changed'
     return ''
@@ -165,11 +174,12 @@ def write_record(path, content):
 
 
 def place_label(label, theirs, shape, ours, orientation='auto'):
-    """Turn a label, axes as in its file, onto its image's axes; return (label of `shape`, how that was known).
+    """Turn a label, axes as in its file, onto its image's axes; return (label of `shape`, how).
 
-    theirs: the label's Geometry; ours: that of the image as stored, or None. The two affines decide if their grids
-    coincide; else the published transpose(1, 0, 2), unless the affines contradict it.
-    orientation: 'auto', or 'affine' or 'published' to insist on one of the two. ValueError: the label does not fit.
+    theirs: the label's Geometry; ours: that of the image as stored, or None. The two affines decide
+    if their grids coincide; else the published transpose(1, 0, 2), unless the affines contradict it.
+    orientation: 'auto', or 'affine' or 'published' to insist on one of the two. ValueError: the
+    label does not fit.
     """
     if sorted(label.shape) != sorted(shape):
         raise ValueError(f'{theirs.source}: shape {label.shape} does not fit its image, stored as {tuple(shape)}')
@@ -190,7 +200,7 @@ def place_label(label, theirs, shape, ours, orientation='auto'):
 
 
 def _turn(theirs, their_shape, ours, our_shape):
-    """Return the nibabel orientation that turns their array onto ours, voxel on voxel; None if none does."""
+    """Return the nibabel orientation that turns their grid onto ours; None if none does."""
     between = np.linalg.solve(ours, theirs)  # their index -> our index
     turn = axes.io_orientation(between)
     if tuple(their_shape[a] for a in turn[:, 0].argsort()) != tuple(our_shape):
@@ -204,7 +214,7 @@ def _contradicts(theirs, ours):
     """Return whether the affines of two different grids speak against the published transpose."""
     if theirs.holds == ours.holds == 'position':
         return True
-    ones = any(np.allclose(g.spacing, 1) for g in (theirs, ours))  # what is written for an unknown spacing
+    ones = any(np.allclose(g.spacing, 1) for g in (theirs, ours))  # as written if not known
     return not ones and not np.allclose(theirs.transposed().spacing, ours.spacing, rtol=0.01)
 
 

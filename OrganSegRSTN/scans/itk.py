@@ -17,7 +17,7 @@ def is_itk_name(path):
 
 
 def open_itk(path):
-    """Return the Volume of a 3D .nrrd, .mha or .mhd file; ValueError: not such a file, or SimpleITK is missing."""
+    """Return the Volume of a 3D file; ValueError: not such a file, or SimpleITK is missing."""
     try:
         import SimpleITK
     except ImportError:

@@ -1,4 +1,4 @@
-"""NIfTI files: images and labels to convert, and predictions to open over their scan in 3D Slicer or ITK-SNAP."""
+"""NIfTI files: images and labels to convert, predictions to open in 3D Slicer or ITK-SNAP."""
 
 import contextlib
 import gzip
@@ -60,7 +60,7 @@ def _warn_unplaced(case):
 
 
 def affine_header(geometry):
-    """Return the header of a file whose array has this Geometry; the identity if it is not known."""
+    """Return a header that places an array by its Geometry; the identity if it is not known."""
     header = nib.Nifti1Header()
     header.set_xyzt_units('mm')
     if known(geometry):
@@ -106,7 +106,7 @@ def read_nifti_label(path, say=print):
 
 
 def open_nifti(path, say=print):
-    """Return the Volume of a 3D NIfTI file; `say` prints what is odd about its header. ValueError: not such a file."""
+    """Return the Volume of a 3D file; `say` prints what is odd about it. ValueError: no such file."""
     with _readable(path):
         header = nifti_header(path)
         shape = header.get_data_shape()
@@ -118,7 +118,7 @@ def open_nifti(path, say=print):
 
 
 def nifti_header(path):
-    """Read the header without its extensions, which may claim any size; ValueError if there is none."""
+    """Read a header, but not its extensions, which may claim any size; ValueError: no header."""
     with _unpacked(path) as file:
         block = file.read(1024)
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
@@ -128,13 +128,13 @@ def nifti_header(path):
 
 
 def nifti_geometry(header, path, say=print):
-    """Return the Geometry of an array, axes as in its file, from its nibabel header: by sform, else by qform."""
+    """Return the Geometry of a file's array from its nibabel header: by sform, else by qform."""
     unit = int(header['xyzt_units']) & 7
     if unit in MM:
         say(f'its header is in {"metres" if unit == 1 else "microns"}: converted to mm')
     for name in ('sform', 'qform'):
         if header[f'{name}_code'] > 0:
-            with contextlib.suppress(nib.spatialimages.HeaderDataError, ValueError):  # of a quaternion that is none
+            with contextlib.suppress(nib.spatialimages.HeaderDataError, ValueError):  # a bad quaternion
                 affine = np.diag([MM.get(unit, 1)] * 3 + [1]) @ getattr(header, f'get_{name}')()
                 if lays_out(affine):
                     return Geometry(affine, what_it_holds(affine), str(path), 'NIfTI')
@@ -154,7 +154,7 @@ def _planes(path, header):
 
 @contextlib.contextmanager
 def _unpacked(path):
-    """Open a file for the bytes in it: those that are packed where it begins as gzip does, whatever its name."""
+    """Open a file, through gzip if its first bytes say so, whatever its name."""
     with open_file(path) as file:
         yield gzip.GzipFile(fileobj=file) if _is_gzip(file) else file
 
@@ -167,7 +167,7 @@ def _is_gzip(file):
 
 @contextlib.contextmanager
 def _readable(path):
-    """Raise whatever nibabel, zlib and gzip raise about a broken file as one ValueError that names it."""
+    """Raise what nibabel, zlib and gzip raise about a broken file as a ValueError that names it."""
     try:
         yield
     except FileNotFoundError:
@@ -177,7 +177,7 @@ def _readable(path):
 
 
 def _check_size(header, path):
-    """Refuse, before memory is allocated, what is not 3D numbers or asks for more voxels than the file can hold."""
+    """Refuse, before allocating memory, what is not 3D numbers or cannot be in the file."""
     with _readable(path):
         shape, kind, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
         with open_file(path) as file:
@@ -186,7 +186,8 @@ def _check_size(header, path):
         raise ValueError(f'{path}: shape {shape}, where one 3D volume is expected')
     if kind.kind not in 'iufb':
         raise ValueError(f'{path}: it holds {kind}, not plain numbers')
-    if not header.template_dtype.itemsize <= offset <= FARTHEST:  # at 0 nibabel reads the header, ITK 4 bytes too early
+    # given offset 0, nibabel reads the header as voxels and ITK begins 4 bytes early
+    if not header.template_dtype.itemsize <= offset <= FARTHEST:
         raise ValueError(
             f'{path}: its header says that the voxels begin at byte {offset}; write it again (usual is 352)'
         )

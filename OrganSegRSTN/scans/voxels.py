@@ -1,4 +1,4 @@
-"""The voxels of a scan: HU as int16 for an image, whole numbers as uint8 for a label; one slice in memory at a time."""
+"""The voxels of a scan: an image in HU as int16, a label as uint8, read slice by slice."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 from scans.geometry import Geometry, Scan
 
-DEFLATE_AT_BEST = 1100  # no gzip file, and no compressed slice of a scan, unpacks to more than this many times its size
+DEFLATE_AT_BEST = 1100  # times its size that a gzip file or a compressed slice can unpack to
 AIR = -200  # HU; every CT scan falls below it somewhere
 OUTSIDE = -1024  # HU for NaN, which some scanners' files hold outside the field of view
 ROUNDING = 1e-3  # by which a stored value may miss the whole number that it means
@@ -15,20 +15,20 @@ SLICES_AT_ONCE = 32  # slices that are turned at a time: one by one costs a cach
 
 
 class Volume(NamedTuple):
-    """A file's array, axes as in the file: its `shape` (x, y, z), its planes (x, y) to read in turn, its Geometry."""
+    """A file's array, axes as in the file: `shape` (x, y, z), planes (x, y) to read, Geometry."""
 
     shape: tuple
     planes: Iterator
     geometry: Geometry
 
     def image(self, say):
-        """Read it as a Scan, stored as published, transpose(1, 0, 2); `say` prints what was changed."""
+        """Read a Scan, stored as published, transpose(1, 0, 2); `say` prints what was changed."""
         planes = (plane.T for plane in self.planes)
         image = stack_slices(planes, self.shape[::-1], self.geometry.source, say)
         return Scan(image, self.geometry.transposed())
 
     def label(self):
-        """Read it as a label, uint8, axes as in the file; ValueError if a value is not 0, 1 ... 255."""
+        """Read a label, uint8, axes as in the file; ValueError: a value is not 0, 1 ... 255."""
         label = np.empty(self.shape, np.uint8, order='F')
         for k, plane in enumerate(self.planes):
             whole = np.rint(plane)
@@ -42,10 +42,10 @@ class Volume(NamedTuple):
 
 
 def stack_slices(planes, size, source, say):
-    """Return an image (rows, columns, slices) int16 of `size` (slices, rows, columns) from its planes (rows, columns).
+    """Return an image (rows, columns, slices) int16 from its planes (rows, columns).
 
-    Values are rounded and clipped to int16, NaN becomes OUTSIDE; `say` prints a line for each such change. ValueError:
-    an infinite value, or nothing but NaN.
+    size: (slices, rows, columns). Values are rounded and clipped to int16, NaN becomes OUTSIDE;
+    `say` prints a line for each such change. ValueError: an infinite value, or nothing but NaN.
     """
     image, notes, blank = np.empty((*size[1:], size[0]), np.int16), {}, 0
     block = np.empty((SLICES_AT_ONCE, *size[1:]), np.int16)
@@ -76,7 +76,7 @@ def stack_slices(planes, size, source, say):
 
 
 def intensity_doubts(image, low_range, high_range):
-    """Return what speaks against `image` (any shape) being a CT scan in HU that suits the window: a list of sentences."""
+    """Return sentences on why `image` may be no CT scan in HU, or not suit the intensity window."""
     low, high = image.min(), image.max()
     doubts = []
     if low >= 0 and high <= 255:

@@ -1,8 +1,9 @@
-"""Fusing the three planes of coarse or oracle testing by vote (section 3.3)."""
+"""Fusion of the three planes of coarse or oracle testing by vote (section 3.3)."""
 
 import numpy as np
 
-from running.data_folder import PLANES, epoch_name, find_snapshot, read_cases, results_folder
+from running import arguments
+from running.data_folder import PLANES, epoch_name, find_snapshots, read_cases, results_folder, without_fold
 from running.files import load_volume, save_volume
 from running.processes import rank
 from running.results import Results, lock_folders, prepare_folder, read_settings, start_without_network
@@ -12,20 +13,28 @@ from utils import DSC_computation, post_processing
 FUSIONS = [*PLANES, 'F1', 'F2', 'F3', 'F1P', 'F2P', 'F3P']
 
 
+def parse(doc):
+    """Return the arguments of a fusion script with this docstring."""
+    parser = arguments.stage_parser(doc, arguments.FUSION, arguments.FUSION_OPTIONAL)
+    arguments.add_nifti(parser)
+    arguments.add_overwrite(parser)
+    return arguments.parse(parser)
+
+
 def fuse(args, stage):
-    """Fuse the volumes of a fold's test cases: volumes/{X|Y|Z|F1|F2|F3|F1P|F2P|F3P}_{case}.npz and results.txt."""
-    if rank():  # under torchrun: one process is enough
+    """Fuse the volumes of a fold's test cases: volumes/{X|Y|Z|F1|F2|F3|F1P|F2P|F3P}_{case}.npz, results.txt and .json."""
+    if rank():  # under torchrun one process is enough
         return
-    made = start_without_network(args, 'fusion')
-    snapshots = [find_snapshot(args, plane, getattr(args, f'timestamp1_{plane}')) for plane in PLANES]
+    provenance = start_without_network(args, 'fusion')
+    snapshots = find_snapshots(args)
     epoch = epoch_name(args)
-    planes = ','.join(name.removeprefix(f'FD{args.current_fold}:') for name in snapshots)
-    folder = results_folder(args, stage, f'FD{args.current_fold}:fusion:{planes}_{epoch},{args.threshold}')
+    name = f'FD{args.current_fold}:fusion:{without_fold(args, snapshots)}_{epoch},{args.threshold}'
+    folder = results_folder(args, stage, name)
     sources = [results_folder(args, stage, snapshot) for snapshot in snapshots]
     cases = read_cases(args.data_path, 'testing', args.current_fold)
     values = {fusion: [] for fusion in FUSIONS}
-    with lock_folders(folder), Results(folder) as results:
-        prepare_folder(folder, {'planes': [read_settings(source / 'run.json') for source in sources]}, made)
+    with lock_folders(folder), Results(folder, f'{stage}_fusion') as results:
+        prepare_folder(folder, fusion_settings(sources), provenance, args.overwrite)
         results('Fusing results of 1 snapshots:')
         for number, case in enumerate(cases, 1):
             results(f'  Testcase {number}:')
@@ -33,16 +42,26 @@ def fuse(args, stage):
             files = [source / 'volumes' / f'{epoch}_{number}.npz' for source in sources]
             masks = stored_fusion(folder / 'volumes', number, files, label.shape, args)
             export(args, folder / 'volumes' / f'F2P_{number}.npz', masks['F2P'], case)
-            for fusion in FUSIONS:
-                score = DSC_computation(label, masks[fusion])
+            scores = {fusion: DSC_computation(label, masks[fusion]) for fusion in FUSIONS}
+            results.add_case(number, case, scores)
+            for fusion, score in scores.items():
                 results(f'    DSC_{fusion} = {score} .')
                 values[fusion].append(score.value)
         for fusion in FUSIONS:
             results(f'Average DSC_{fusion} = {results.average(values[fusion])[0]} .')
 
 
+def fusion_settings(sources):
+    """Return what the planes' volumes were made with, by the run.json of their folders."""
+    return {
+        f'{plane} {name}': value
+        for plane, source in zip(PLANES, sources)
+        for name, value in read_settings(source / 'run.json').items()
+    }
+
+
 def stored_fusion(folder, number, files, shape, args):
-    """{name: mask} of a case's nine fusions, read from `folder` or made from the planes' `files` and stored there."""
+    """Return {name: mask} of a case's nine fusions, stored in `folder` or made from the planes' `files`."""
     paths = {fusion: folder / f'{fusion}_{number}.npz' for fusion in FUSIONS}
     masks = {fusion: load_volume(path, shape) for fusion, path in paths.items()}
     if any(mask is None for mask in masks.values()):
@@ -53,7 +72,7 @@ def stored_fusion(folder, number, files, shape, args):
 
 
 def plane_volume(file, shape):
-    """A plane's stored volume (W, H, L) uint8; without it there is nothing to fuse."""
+    """Return a plane's stored volume (W, H, L) uint8; raise FileNotFoundError where there is no whole one."""
     volume = load_volume(file, shape)
     if volume is None:
         raise FileNotFoundError(f'{file}: no such volume, or not a whole one; test this plane and fold first')
@@ -61,13 +80,13 @@ def plane_volume(file, shape):
 
 
 def fusion_masks(volumes, threshold, organ_ID):
-    """{name: mask (W, H, L)} of three planes' volumes (round(255 p), uint8).
+    """Return {name: mask (W, H, L)} of three planes' volumes (round(255 p), uint8).
 
-    X, Y, Z: probability at `threshold`; F1, F2, F3: at least one, two, three votes, a vote being a sum of
-    probabilities of 0.5, 1.5, 2.5; F1P, F2P, F3P: these post-processed.
+    X, Y, Z: a plane's probability >= threshold; F1, F2, F3: sum of the probabilities >= 0.5, 1.5, 2.5;
+    F1P, F2P, F3P: these post-processed.
     """
     probabilities = [volume / np.float32(255) for volume in volumes]
-    total = sum(probabilities)  # X, Y, Z in this order, float32
+    total = sum(probabilities)  # in the order X, Y, Z, float32
     masks = {plane: probability >= threshold for plane, probability in zip(PLANES, probabilities)}
     votes = {f'F{votes}': (total >= votes - 0.5).astype(np.uint8) for votes in (1, 2, 3)}
     seed = next((votes[name] for name in ('F3', 'F2') if votes[name].any()), votes['F1'])

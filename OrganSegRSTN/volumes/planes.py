@@ -1,4 +1,4 @@
-"""Planes, windows of slices and their average: a volume (W, H, L) seen along X, Y or Z."""
+"""A volume (W, H, L) along the planes X, Y or Z: slices, slice windows and their average (section 3.3)."""
 
 import numpy as np
 
@@ -6,20 +6,20 @@ from running.data_folder import PLANES
 
 
 def plane_view(volume, plane):
-    """The volume (W, H, L) with the plane's axis in front, as a view: plane_view(v, 'Y')[j] is slice j along Y."""
+    """Return a view of the volume (W, H, L) with the plane's axis first: plane_view(v, 'Y')[j] is slice j along Y."""
     return np.moveaxis(volume, PLANES.index(plane), 0)
 
 
 def slice_window(j, slices, thickness):
-    """The three slices the network sees at j: j and its neighbours, itself standing in beyond an end (thickness 3)."""
+    """Return the three slices that the network sees at j: j and its neighbours, or j itself beyond an end."""
     reach = thickness // 2
     return [max(j - reach, 0), j, min(j + reach, slices - 1)]
 
 
 class SliceAverage:
-    """Adds up the outputs of the windows of a volume along a plane and averages them where they overlap.
+    """The average of the outputs of overlapping slice windows along a plane (section 3.3).
 
-    A slice's sum is divided by the number of windows that cover it, whether or not a window was added (section 3.3).
+    A slice's sum is divided by the number of windows that cover it, whether or not a window was added.
     """
 
     def __init__(self, shape, plane, thickness):
@@ -28,16 +28,16 @@ class SliceAverage:
         self.reach = thickness // 2
 
     def covered(self, j):
-        """The slices inside the volume that the window at j covers."""
+        """Return the slices inside the volume that the window at j covers."""
         return range(max(j - self.reach, 0), min(j + self.reach + 1, len(self.view)))
 
     def add(self, j, output):
-        """Add the output (thickness, A, B) of the window at j; what belongs to a stand-in at an end is dropped."""
+        """Add the output (thickness, A, B) of the window at j; drop the part that lies beyond an end."""
         for k in self.covered(j):
             self.view[k] += output[k - j + self.reach]
 
     def volume(self):
-        """The average (W, H, L)."""
+        """Return the average (W, H, L)."""
         for j in range(len(self.view)):
             self.view[j] /= len(self.covered(j))  # a window covers k as often as k's window covers it
         return self.total

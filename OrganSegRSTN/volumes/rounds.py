@@ -1,65 +1,83 @@
-"""Coarse to fine (section 3.3, algorithm 1): rounds of fine testing until two agree, and how they are stored."""
+"""Coarse to fine (section 3.3, algorithm 1): the fine network looks again until two rounds agree."""
 
 import numpy as np
 
-from running.data_folder import epoch_name
+from running.data_folder import epoch_name, find_snapshots, results_folder, without_fold
 from running.files import load_volume
 from utils import DSC_computation, post_processing
 
 AGREEMENTS = ('0.90', '0.95', '0.98', '0.99')  # inter-iteration DSC at which a user might stop
 
 
-def folder_name(args, snapshots):
-    """`FD0:XJ3_1,YJ3_1,ZJ3_1:e2682_0.5_0.5,10`."""
-    names = ','.join(name.removeprefix(f'FD{args.current_fold}:').removesuffix('.pkl') for name in snapshots)
-    thresholds = f'{args.coarse_threshold}_{args.fine_threshold}'
-    return f'FD{args.current_fold}:{names}:{epoch_name(args)}_{thresholds},{args.max_rounds}'
+def coarse_to_fine(coarse_volumes, fine, image, threshold, organ_ID):
+    """Yield (mask uint8, probability float32), (W, H, L), of rounds 0, 1, 2, ...; no round follows an empty mask.
+
+    coarse_volumes: of the three planes, uint8; fine: their PlaneTesters of TEST 'F'; image: HU.
+    Round 0 is the coarse mean. Each further round crops by the previous mask and weighs by the
+    saliency of the previous probability.
+    """
+    score = coarse_probability(coarse_volumes)
+    mask = (score >= threshold).astype(np.uint8)
+    yield mask, score
+    while mask.any():
+        score = sum(tester.predict(image, score=score, mask=mask) for tester in fine) / np.float32(len(fine))
+        mask = (score >= threshold).astype(np.uint8)
+        mask = post_processing(mask, mask.copy(), 0.5, organ_ID)
+        yield mask, score
 
 
-def probability_file(folder, number):
-    """The mean probability of a case's last round."""
-    return folder / 'volumes' / f'P_{number}.npz'
-
-
-def stored_rounds(folder, number, shape, args):
-    """The masks of rounds 0, 1, ... of a case as far as they are stored, and needed."""
-    masks = []
-    for r in range(args.max_rounds + 1):
-        mask = load_volume(folder / 'volumes' / f'R{r}_{number}.npz', shape)
-        if mask is None:
-            break
-        masks.append(mask)
-        if finished(masks, args):
-            break
-    return masks
-
-
-def finished(masks, args):
-    """Whether these are all rounds of a case: max_rounds, or two that agree as --stop_DSC asks."""
-    if args.stop_DSC and len(masks) > 1 and agreement(masks[-2], masks[-1]).value >= args.stop_DSC:
-        return True
-    return len(masks) == args.max_rounds + 1
+def coarse_probability(volumes):
+    """Return the mean (W, H, L) float32 of the planes' stored volumes (uint8): the sum of the bytes over 765."""
+    return sum(volume.astype(np.float32) for volume in volumes) / np.float32(255 * len(volumes))
 
 
 def agreement(before, mask):
-    """Inter-iteration Dice of two rounds; two empty ones agree."""
+    """Return the inter-iteration Dice of two rounds; two empty ones agree."""
     dice = DSC_computation(before, mask)
     return dice if dice.pred + dice.label else dice._replace(value=1.0)
 
 
-def coarse_probability(volumes):
-    """Mean (W, H, L) float32 of the three planes' stored volumes (uint8), summed in the order X, Y, Z."""
-    return sum(volume / np.float32(255) for volume in volumes) / np.float32(len(volumes))
+def stopped_at(scores, asked):
+    """Return the DSC of the first round whose inter-iteration DSC reaches `asked`, else of the last.
 
-
-def fine_rounds(testers, image, score, mask, threshold, organ_ID):
-    """Rounds 1, 2, ... (section 3.3, algorithm 1): yields (score, mask) of each; ends when a mask is empty.
-
-    testers: of TEST 'F', one a plane; score: the previous round's mean probability, float32; mask: its organ, uint8.
+    scores: [(DSC, inter-iteration DSC)] of a case's rounds.
     """
-    while mask.any():
-        planes = [tester.predict(image, score=score, mask=mask) for tester in testers]
-        score = sum(planes) / np.float32(len(planes))
-        mask = (score >= threshold).astype(np.uint8)
-        mask = post_processing(mask, mask.copy(), 0.5, organ_ID)
-        yield score, mask
+    return next((score for score, inter in scores[1:] if inter >= asked), scores[-1][0])
+
+
+# --- stored rounds -------------------------------------------------------------------------------------------------
+
+
+def rounds_folder(args):
+    """Return results/coarse2fine_testing_*/FD0:XJ3_1,YJ3_1,ZJ3_1:e2682_0.5_0.5,10 of a stage's arguments."""
+    return results_folder(args, 'coarse2fine', folder_name(args, find_snapshots(args)))
+
+
+def folder_name(args, snapshots):
+    """Return `FD0:XJ3_1,YJ3_1,ZJ3_1:e2682_0.5_0.5,10`."""
+    names = without_fold(args, [name.removesuffix('.pkl') for name in snapshots])
+    thresholds = f'{args.coarse_threshold}_{args.fine_threshold}'
+    return f'FD{args.current_fold}:{names}:{epoch_name(args)}_{thresholds},{args.max_rounds}'
+
+
+def round_file(folder, r, number):
+    """Return the path of a case's mask of round r, or (r 'P') of the last round's mean probability."""
+    return folder / 'volumes' / (f'P_{number}.npz' if r == 'P' else f'R{r}_{number}.npz')
+
+
+def stored_rounds(folder, number, shape, args):
+    """Return the masks of rounds 0, 1, ... of a case as far as they are stored, and needed."""
+    masks = []
+    while not finished(masks, args):
+        mask = load_volume(round_file(folder, len(masks), number), shape)
+        if mask is None:
+            break
+        masks.append(mask)
+    return masks
+
+
+def finished(masks, args):
+    """Return whether these are all rounds of a case: max_rounds, or up to two that agree by --stop_DSC."""
+    if args.stop_DSC and len(masks) > 1 and agreement(masks[-2], masks[-1]).value >= args.stop_DSC:
+        return True
+    return len(masks) == args.max_rounds + 1

@@ -1,61 +1,89 @@
-"""Testing a volume: one network along one plane (coarse, oracle, fine), and the rounds of coarse to fine."""
+"""Testing a network on volumes along one plane (section 3.3): slice windows in, the average of their outputs out."""
 
 import contextlib
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from model import load_RSTN
-from running import processes
-from running.data_folder import epoch_name, find_snapshot, read_cases, results_folder, snapshot_folder
+from running import arguments, processes
+from running.data_folder import (
+    averaged_snapshots,
+    epoch_name,
+    find_snapshot,
+    read_cases,
+    results_folder,
+)
 from running.files import load_volume, save_volume
-from running.results import Results, checksum, lock_folders, prepare_folder, start
+from running.results import Checksums, Results, lock_folders, prepare_folder, start
 from running.weights import missing_weights
 from scans.nifti import export
 from utils import DSC_computation, to_unit
 from volumes.planes import SliceAverage, plane_view, slice_window
 
-PIXELS_AT_ONCE = 2**16  # pixels of the slices that the coarse network sees at once
+PIXELS_AT_ONCE = 2**16  # of the slices that the coarse network sees in one batch
+
+
+class PlaneSettings(NamedTuple):
+    """What a network is tested with."""
+
+    intensity_window: tuple  # HU
+    thickness: int  # slices, 1 or 3
+    margin: int  # pixels around the box
+    device: torch.device
+    precision: str
+    organ_ID: int | None = None  # None: not known
 
 
 class PlaneTester:
-    """The network of a plane's snapshot, loaded when it is first needed.
+    """The networks of one plane's snapshots (paths), whose mean is the prediction; each is loaded when it is needed.
 
-    TEST: 'C', 'O' or 'F' as in RSTN; args: a stage's arguments.
+    TEST: 'C', 'O' or 'F' as in RSTN. A single network stays in memory between volumes.
     """
 
-    def __init__(self, args, plane, snapshot, TEST, device):
-        self.args, self.plane, self.TEST, self.device = args, plane, TEST, device
-        self.path = snapshot_folder(args) / snapshot
+    def __init__(self, plane, paths, TEST, settings):
+        self.plane, self.paths, self.TEST, self.settings = plane, paths, TEST, settings
         self.net = None
 
     def predict(self, image, **volumes):
-        """Probability (W, H, L) float32 of the organ in `image` (W, H, L) HU; see predict_volume."""
-        if self.net is None:
-            print(f'{self.plane}: snapshot {self.path}', flush=True)
-            args = self.args
-            self.net = load_RSTN(
-                self.path, self.TEST, args.slice_thickness, args.crop_margin, self.device, args.precision
-            )
-        window = (self.args.low_range, self.args.high_range)
-        return predict_volume(self.net, image, self.plane, window, self.args.slice_thickness, self.device, **volumes)
+        """Return the probability (W, H, L) float32 of the organ in `image` (W, H, L) HU; see predict_volume."""
+        total = 0
+        for path in self.paths:
+            total = total + predict_volume(self.load(path), image, self.plane, self.settings, **volumes)
+        return total / np.float32(len(self.paths))
+
+    def load(self, path):
+        """Return the network of a snapshot."""
+        if self.net is None or len(self.paths) > 1:
+            print(f'{self.plane}: snapshot {path}', flush=True)
+            window, thickness, margin, device, precision, organ_ID = self.settings
+            self.net = load_RSTN(path, self.TEST, thickness, margin, device, precision,
+                                 plane=self.plane, organ_ID=organ_ID, intensity_window=window)  # fmt: skip
+        return self.net
+
+    def release(self):
+        """Free the network's memory."""
+        self.net = None
 
 
 @torch.inference_mode()
-def predict_volume(net, image, plane, window, thickness, device, label=None, score=None, mask=None):
-    """Average of the network's outputs over all windows of `image` along `plane` (section 3.3).
+def predict_volume(net, image, plane, settings, label=None, score=None, mask=None):
+    """Return the average of the network's outputs over all slice windows of `image` along `plane` (section 3.3).
 
-    image: (W, H, L) HU, clipped to `window`; label, or score and mask: what RSTN takes in testing 'O' and 'F', of the
-    image's shape. Windows without a voxel of label or mask are skipped: their output is 0. -> (W, H, L) float32
+    image: (W, H, L) HU, clipped to the intensity window; label, or score and mask: what RSTN takes in
+    testing 'O' and 'F', of the image's shape. A window without a voxel of label or mask is skipped:
+    its output is 0. -> (W, H, L) float32
     """
     views = {'image': image, 'label': label, 'score': score, 'mask': mask}
     views = {name: plane_view(volume, plane) for name, volume in views.items() if volume is not None}
     marks = views.get('label', views.get('mask'))
-    average = SliceAverage(image.shape, plane, thickness)
-    windows = {j: slice_window(j, len(views['image']), thickness) for j in range(len(views['image']))}
+    average = SliceAverage(image.shape, plane, settings.thickness)
+    slices = len(views['image'])
+    windows = {j: slice_window(j, slices, settings.thickness) for j in range(slices)}
     seen = [j for j, ids in windows.items() if marks is None or marks[ids].any()]
     batch = max(PIXELS_AT_ONCE // views['image'][0].size, 1) if marks is None else 1  # boxes differ in size
     for first in tqdm(
@@ -63,21 +91,81 @@ def predict_volume(net, image, plane, window, thickness, device, label=None, sco
     ):
         places = seen[first : first + batch]
         ids = np.array([windows[j] for j in places])  # (N, 3)
-        inputs = {name: view[ids[:, :thickness]].astype(np.float32) for name, view in views.items() if name != 'image'}
-        inputs['image'] = to_unit(views['image'][ids], *window)  # (N, 3, A, B)
-        outputs = net(**{name: torch.from_numpy(array).to(device) for name, array in inputs.items()})
+        inputs = {
+            name: view[ids[:, : settings.thickness]].astype(np.float32)
+            for name, view in views.items()
+            if name != 'image'
+        }
+        inputs['image'] = to_unit(views['image'][ids], *settings.intensity_window)  # (N, 3, A, B)
+        outputs = net(**{name: torch.from_numpy(array).to(settings.device) for name, array in inputs.items()})
         for j, output in zip(places, outputs.cpu().numpy()):
             average.add(j, output)
     return average.volume()
 
 
 def to_bytes(probability):
-    """Probability in [0, 1] as it is stored: round(255 p), uint8."""
+    """Return a probability in [0, 1] as it is stored: round(255 p), uint8."""
     return np.around(probability * 255).astype(np.uint8)
 
 
+# --- a fold's test cases -------------------------------------------------------------------------------------------
+
+
+def parse(doc):
+    """Return the arguments of a testing script with this docstring."""
+    parser = arguments.stage_parser(doc, arguments.TESTING, arguments.TESTING_OPTIONAL)
+    arguments.add_testing(parser)
+    return arguments.parse(parser)
+
+
+def plane_tester(args, plane, snapshot, TEST, device):
+    """Return the PlaneTester of a snapshot's name and a stage's arguments."""
+    window = (args.low_range, args.high_range)
+    settings = PlaneSettings(window, args.slice_thickness, args.crop_margin, device, args.precision, args.organ_ID)
+    return PlaneTester(plane, averaged_snapshots(args, snapshot), TEST, settings)
+
+
+def evaluate_plane(args, stage, TEST):
+    """Test a fold's cases along a plane, coarse or oracle: volumes/{epoch}_{case}.npz, results.txt, results.json."""
+    processes.quiet()
+    device, provenance = start(args)
+    snapshot = find_snapshot(args, args.plane, args.timestamp1)
+    folder = results_folder(args, stage, snapshot)
+    cases = read_cases(args.data_path, 'testing', args.current_fold)
+    tester = plane_tester(args, args.plane, snapshot, TEST, device)
+    epoch = epoch_name(args)
+    files = {number: folder / 'volumes' / f'{epoch}_{number}.npz' for number in range(1, len(cases) + 1)}
+
+    def volume_and_label(number, case):
+        begin = time.time()
+        image, label = case.image(args.data_path), case.label(args.data_path, args.organ_ID)
+        volumes = {'label': label} if TEST == 'O' else {}
+        volume = stored(files[number], image.shape, lambda: to_bytes(tester.predict(image, **volumes)))
+        print(f'    {case.image_file}: {time.time() - begin:.1f} s', flush=True)
+        return volume, label
+
+    require_snapshots([tester], files.values())
+    with first_alone(folder):
+        if processes.rank() == 0:
+            kinds = ('image_file', 'label_file') if TEST == 'O' else ('image_file',)
+            prepare_folder(folder, run_settings(args, cases, [snapshot], kinds), provenance, args.overwrite)
+        if not share_out(cases, volume_and_label):
+            return
+        scores = []
+        with Results(folder, stage) as results:
+            results(f'Evaluating snapshot {epoch}:')
+            for number, case in enumerate(cases, 1):
+                volume, label = volume_and_label(number, case)
+                export(args, files[number], volume >= 128, case)
+                scores.append(DSC_computation(label, volume >= 128))
+                results(f'  Testcase {number}: DSC = {scores[-1]} .')
+                results.add_case(number, case, {epoch: scores[-1]})
+            mean, _ = results.average([score.value for score in scores])
+            results(f'Snapshot {epoch}: average DSC = {mean} .')
+
+
 def stored(path, shape, compute):
-    """The volume at `path`, or `compute()` stored there."""
+    """Return the volume at `path`; if there is none, compute() it and store it there."""
     volume = load_volume(path, shape)
     if volume is None:
         volume = compute()
@@ -86,84 +174,49 @@ def stored(path, shape, compute):
 
 
 def run_settings(args, cases, snapshots, kinds=('image_file',)):
-    """What stored volumes depend on, apart from their names: for run.json.
+    """Return what stored volumes depend on, apart from their names, for run.json.
 
-    cases: of the fold's testing list; kinds: which of their files are looked at.
+    cases: the fold's testing list; kinds: the files of a case that the stage reads.
     """
-    files = [[getattr(case, kind) for kind in kinds] for case in cases]
-    return {
-        'window': [args.low_range, args.high_range],
-        'precision': args.precision,
-        'snapshots': [checksum(snapshot_folder(args) / snapshot) for snapshot in snapshots],
-        'cases': [[[file, checksum(Path(args.data_path, file))] for file in case] for case in files],
-    }
+    checksum = Checksums(args.data_path)
+    settings = {'window': [args.low_range, args.high_range], 'precision': args.precision}
+    paths = [path for snapshot in snapshots for path in averaged_snapshots(args, snapshot)]
+    settings |= {f'snapshot {path.name}': checksum(path) for path in paths} | {'average': args.average}
+    for number, case in enumerate(cases, 1):
+        for kind in kinds:
+            file = getattr(case, kind)
+            digest = checksum(Path(args.data_path, file))
+            settings[f'case {number} {kind}'] = digest and f'{file} {digest}'
+    checksum.save()
+    return settings
 
 
 def require_snapshots(testers, volumes):
-    """FileNotFoundError where a snapshot is missing that is needed, since not all of these volumes are stored."""
+    """Raise FileNotFoundError where a snapshot is missing and not all of these volumes are stored."""
     for tester in testers:
-        if not tester.path.exists() and not all(volume.exists() for volume in volumes):
-            raise missing_weights(tester.path)
+        for path in tester.paths:
+            if not path.exists() and not all(volume.exists() for volume in volumes):
+                raise missing_weights(path)
 
 
 @contextlib.contextmanager
 def first_alone(*folders):
-    """Hold the result folders for the block; of several processes the first does, and the others follow its set-up.
+    """Lock the result folders during the block, in rank 0; the processes of torchrun can wait for each other in it.
 
-    Within the block the processes can wait for each other. They exchange no tensors, so gloo serves GPUs, too.
+    They exchange no tensors, so gloo serves GPUs, too.
     """
     with processes.process_group(torch.device('cpu')), lock_folders(*(folders if processes.rank() == 0 else ())):
         yield
 
 
 def share_out(cases, compute):
-    """Let each of several processes call compute(number, case) for its share of the cases, numbered from 1.
+    """Call compute(number, case) for this process's share of the cases, numbered from 1.
 
-    -> whether this process is the first, which then goes through all cases and finds their volumes stored.
+    Return whether this is rank 0, which then goes through all cases and finds their volumes stored.
     """
-    processes.wait()  # the first has prepared the folders
+    processes.wait()  # for rank 0 to prepare the folders
     if processes.world_size() > 1:
         for number, case in list(enumerate(cases, 1))[processes.rank() :: processes.world_size()]:
             compute(number, case)
     processes.wait()
     return processes.rank() == 0
-
-
-def evaluate_plane(args, stage, TEST):
-    """Coarse or oracle testing of a fold's test cases along a plane: volumes/{epoch}_{case}.npz and results.txt."""
-    processes.quiet()
-    device, made = start(args)
-    snapshot = find_snapshot(args, args.plane, args.timestamp1)
-    folder = results_folder(args, stage, snapshot)
-    cases = read_cases(args.data_path, 'testing', args.current_fold)
-    tester = PlaneTester(args, args.plane, snapshot, TEST, device)
-    epoch = epoch_name(args)
-
-    def file(number):
-        return folder / 'volumes' / f'{epoch}_{number}.npz'
-
-    def volume_and_label(number, case):
-        start = time.time()
-        image, label = case.image(args.data_path), case.label(args.data_path, args.organ_ID)
-        volumes = {'label': label} if TEST == 'O' else {}
-        volume = stored(file(number), image.shape, lambda: to_bytes(tester.predict(image, **volumes)))
-        print(f'    {case.image_file}: {time.time() - start:.1f} s', flush=True)
-        return volume, label
-
-    require_snapshots([tester], [file(number) for number in range(1, len(cases) + 1)])
-    with first_alone(folder):
-        if processes.rank() == 0:
-            kinds = ('image_file', 'label_file') if TEST == 'O' else ('image_file',)
-            prepare_folder(folder, run_settings(args, cases, [snapshot], kinds), made)
-        if not share_out(cases, volume_and_label):
-            return
-        scores = []
-        with Results(folder) as results:
-            results(f'Evaluating snapshot {epoch}:')
-            for number, case in enumerate(cases, 1):
-                volume, label = volume_and_label(number, case)
-                export(args, file(number), volume >= 128, case)
-                scores.append(DSC_computation(label, volume >= 128))
-                results(f'  Testcase {number}: DSC = {scores[-1]} .')
-            mean, _ = results.average([score.value for score in scores])
-            results(f'Snapshot {epoch}: average DSC = {mean} .')
