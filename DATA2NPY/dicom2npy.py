@@ -2,11 +2,11 @@
 
     python dicom2npy.py [RAW] [OUT] [--resample] [--acquisition N]
 
-RAW (default: the current folder) is searched for folders that hold a series. DOI/PANCREAS_0001/... and
-manifest-.../Pancreas-CT/PANCREAS_0001/... become case 0001. Elsewhere a case is named after the first folder
-below RAW in which the series differ. OUT (default: RAW) is the data folder. Slices are ordered by
-InstanceNumber, as published, and by position if the two disagree. A case that fails is named, the others
-are converted, and the exit code is 1.
+RAW (default: the current folder) is searched for folders that hold a series. DOI/PANCREAS_0001/...
+and manifest-.../Pancreas-CT/PANCREAS_0001/... become case 0001. Elsewhere a case is named after the
+first folder below RAW in which the series differ. OUT (default: RAW) is the data folder. Slices are
+ordered by InstanceNumber, as published, and by position if the two disagree. A case that fails is
+named, the others are converted, and the exit code is 1.
 """
 
 import os
@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 
 
 def find_series(raw):
-    """Return {case: [folder, ...]} of the folders that hold slices. PANCREAS_0001 is a case even without slices."""
+    """Return {case: [folder, ...]} of folders with slices; PANCREAS_0001 is a case even without."""
     cases, others = defaultdict(list), {}
     top = Path(raw).resolve().name
     for folder, holds_slices in series_folders(raw):

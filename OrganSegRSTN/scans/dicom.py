@@ -1,4 +1,4 @@
-"""Read one DICOM series: choose its files, order and check its slices, return HU with their geometry."""
+"""Read one DICOM series: choose its files, order and check its slices, return HU and geometry."""
 
 import contextlib
 import filecmp
@@ -26,7 +26,7 @@ HIDDEN = 'a hidden DICOM image'
 
 
 def read_series(folder, say=print, resample=False, acquisition=None):
-    """Return the one series in a folder as a Scan, its slices ordered by InstanceNumber, as published.
+    """Return the one series in a folder as a Scan, ordered by InstanceNumber, as published.
 
     Where the numbers do not follow the positions, the positions decide. `say` prints each note.
     A series that is incomplete, mixed, tilted or unevenly spaced raises ValueError; `resample`
