@@ -2,11 +2,11 @@
 
     python dicom2npy.py [RAW] [OUT] [--resample] [--acquisition N]
 
-RAW (default: the current folder) is searched for folders that hold a series. DOI/PANCREAS_0001/... and
-manifest-.../Pancreas-CT/PANCREAS_0001/... become case 0001. Elsewhere a case is named after the first folder
-below RAW in which the series differ. OUT (default: RAW) is the data folder. Slices are ordered by
-InstanceNumber, as published, and by position if the two disagree. A case that fails is named, the others
-are converted, and the exit code is 1.
+RAW (default: the current folder) is searched for folders that hold a series. DOI/PANCREAS_0001/...
+and manifest-.../Pancreas-CT/PANCREAS_0001/... become case 0001. Elsewhere a case is named after the
+first folder below RAW in which the series differ. OUT (default: RAW) is the data folder. Slices are
+ordered by InstanceNumber, as published, and by position if the two disagree. A case that fails is
+named, the others are converted, and the exit code is 1.
 """
 
 import os
@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 
 
 def find_series(raw):
-    """Return {case: [folder, ...]} of the folders that hold slices. PANCREAS_0001 is a case even without slices."""
+    """Return {case: [folder, ...]} of folders with slices; PANCREAS_0001 is a case even without."""
     cases, others = defaultdict(list), {}
     top = Path(raw).resolve().name
     for folder, holds_slices in series_folders(raw):
@@ -69,7 +69,8 @@ def main():
             raise FileNotFoundError(f'no DICOM series found for it in {raw}')
         folder = only_one(case, folders)
         if folder in parts:
-            raise ValueError(f'{folder} and {parts[folder]} hold parts of one scan; put all its slices into one folder')
+            raise ValueError(f'{folder} and {parts[folder]} look like parts of one scan; put its slices into one folder, '
+                             'or convert each folder by itself')  # fmt: skip
         save_scan(out, case, read_series(folder, speaker(case), args.resample, args.acquisition))
 
     return convert_all(out, cases, convert)

@@ -533,11 +533,6 @@ def test_a_case_of_an_unfit_name_is_refused_by_it(name, call, tmp_path):
         assert f'the case name {name!r} holds {UNFIT[name]}' in converted(call, tmp_path)
 
 
-def test_a_pattern_without_a_place_for_the_case(call, tmp_path):
-    (tmp_path / 'ct.nii').touch()
-    assert refused(call(NII2NPY, tmp_path, '--images', tmp_path / 'ct.nii*'), 'no * in it that stands for the case')
-
-
 # --- as a user runs them --------------------------------------------------------------------------------------------
 
 

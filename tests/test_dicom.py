@@ -415,7 +415,7 @@ def test_two_halves_of_one_scan_are_not_two_cases(part, tmp_path):
     write_slices(tmp_path / 'raw/study/c', make_slices(random_volume(), PatientID='p', FrameOfReferenceUID='1.2.3'))
     said, _ = convert('dicom2npy.py', tmp_path / 'raw', tmp_path / 'out', status=1)
     for case in 'ab':
-        assert f'{case}: error: ' in said and 'hold parts of one scan; put all its slices into one folder' in said
+        assert f'{case}: error: ' in said and 'look like parts of one scan; put its slices into one folder' in said
     assert list(loaded(tmp_path / 'out', 'images')) == ['c']
 
 
@@ -524,7 +524,7 @@ SERIES = {
     'a slope that is no number': (element(2, 'RescaleSlope', 'FD', float('nan')), 'slope nan'),
     'an intercept in words': (element(2, 'RescaleIntercept', 'LO', 'none'), "RescaleIntercept 'none' is not a number"),
     'a spacing of 0': (change_all(PixelSpacing=[0, 2]), 'no ImageOrientationPatient or PixelSpacing'),
-    'a spacing of nothing': (change_all(PixelSpacing=['1e-30', '1e-30']), 'are no voxel of a scan'),
+    'a spacing of nothing': (change_all(PixelSpacing=['1e-30', '1e-30']), 'mm, which no scan has'),
     'a spacing that is no number': (element(2, 'PixelSpacing', 'FD', [float('nan'), 1.0]), 'where 2 numbers belong'),
     'one number of spacing': (change(2, PixelSpacing='2'), 'where 2 numbers belong'),
     'a position without directions': (without('ImageOrientationPatient'), 'no ImageOrientationPatient'),

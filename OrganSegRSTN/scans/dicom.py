@@ -1,4 +1,4 @@
-"""Read one DICOM series: choose its files, order and check its slices, return HU with their geometry."""
+"""Read one DICOM series: choose its files, order and check its slices, return HU and geometry."""
 
 import contextlib
 import filecmp
@@ -26,7 +26,7 @@ HIDDEN = 'a hidden DICOM image'
 
 
 def read_series(folder, say=print, resample=False, acquisition=None):
-    """Return the one series in a folder as a Scan, its slices ordered by InstanceNumber, as published.
+    """Return the one series in a folder as a Scan, ordered by InstanceNumber, as published.
 
     Where the numbers do not follow the positions, the positions decide. `say` prints each note.
     A series that is incomplete, mixed, tilted or unevenly spaced raises ValueError; `resample`
@@ -141,20 +141,33 @@ def split_scans(folders):
 
     These are of one patient and frame of reference, and their slices together are an even stack.
     """
-    scanned = defaultdict(list)
+    patients, parts = defaultdict(list), {}
     for folder in folders:
         with contextlib.suppress(ValueError, OSError):  # read_series raises it again
             first = next(path for path in sorted(folder.iterdir()) if is_slice(path))
-            scanned[header_value(first, 'PatientID'), header_value(first, 'FrameOfReferenceUID')].append(folder)
-    parts = {}
-    for together in scanned.values():
-        for one, two in itertools.combinations(together, 2):
+            patients[header_value(first, 'PatientID'), header_value(first, 'FrameOfReferenceUID')].append(folder)
+    for together in patients.values():
+        stacks = {}
+        for folder in together if len(together) > 1 else ():
             with contextlib.suppress(ValueError, OSError):
-                slices = [s for folder in (one, two) for s in _read_headers(folder, lambda note: None)]
-                _check_alike(slices)
-                if len(slices) > 2 and not _fault(_in_order(slices, lambda note: None)):
-                    parts |= {one: two, two: one}
+                stacks[folder] = _read_headers(folder, say=_silent)
+        for one, two in itertools.combinations(stacks, 2):
+            if _are_one_stack(stacks[one], stacks[two]):
+                parts |= {one: two, two: one}
     return parts
+
+
+def _are_one_stack(slices, others):
+    """Return whether two sets of slices, three or more in all, are one even stack together."""
+    try:
+        _check_alike([slices[0], others[0]])
+        return len(slices + others) > 2 and not _fault(_in_order(slices + others, say=_silent))
+    except (ValueError, TypeError):  # unlike each other, broken, or without positions
+        return False
+
+
+def _silent(note):
+    """Print nothing."""
 
 
 # --- slices --------------------------------------------------------------------------------------------------------
@@ -166,9 +179,8 @@ def _one_series(folder, slices):
         raise FileNotFoundError(f'{folder}: no DICOM series found in it')
     others = [s for s in slices if s.series != slices[0].series]
     if others:
-        raise ValueError(
-            f'{folder}: two series in one folder ({slices[0].path.name} and {others[0].path.name}); keep one of them'
-        )
+        names = f'{slices[0].path.name} and {others[0].path.name}'
+        raise ValueError(f'{folder}: two series in one folder ({names}); keep one of them')
     return slices
 
 
@@ -181,9 +193,8 @@ def _check_alike(slices):
         for name in ('spacing', 'directions', 'position'):
             one, two = getattr(first, name), getattr(other, name)
             if (one is None) != (two is None):
-                raise ValueError(
-                    f'{(first if one is None else other).path}: no {name} in its header, unlike the others'
-                )
+                without = first if one is None else other
+                raise ValueError(f'{without.path}: no {name} in its header, unlike the others')
             if name != 'position' and one is not None and not np.allclose(one, two, atol=1e-3):
                 raise ValueError(f'{other.path}: {name} {two.tolist()}, where {first.path.name} has {one.tolist()}')
     if first.size[0] * first.size[1] * len(slices) > MOST_VOXELS:
@@ -243,9 +254,7 @@ def _normal(first):
     if first.directions is None or first.spacing is None or min(first.spacing) <= 0:
         raise ValueError(f'{first.path}: a position, but no ImageOrientationPatient or PixelSpacing to go with it')
     if not np.allclose(first.directions @ first.directions.T, np.eye(2), atol=1e-3):
-        raise ValueError(
-            f'{first.path}: ImageOrientationPatient {first.directions.tolist()} is not two unit directions'
-        )
+        raise ValueError(f'{first.path}: orientation {first.directions.tolist()} is not two unit directions')
     return np.cross(*first.directions)
 
 
@@ -259,9 +268,8 @@ def _affine(slices):
     affine = np.eye(4)
     affine[:3] = np.stack([down * first.spacing[0], across * first.spacing[1], step, first.position], axis=1)
     if not lays_out(affine):
-        raise ValueError(
-            f'{first.path}: spacing {first.spacing.tolist()} and {first.thickness} mm are no voxel of a scan'
-        )
+        size = [*first.spacing.tolist(), float(np.linalg.norm(step))]
+        raise ValueError(f'{first.path}: a spacing of {size} mm, which no scan has')
     return affine
 
 

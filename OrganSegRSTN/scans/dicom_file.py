@@ -1,4 +1,4 @@
-"""Read one DICOM file without trusting it: a DicomSlice for each of its images, and its pixels as HU."""
+"""Read one DICOM file without trusting it: a DicomSlice for each of its images, its pixels as HU."""
 
 import logging
 import os
@@ -29,7 +29,7 @@ warnings.filterwarnings('ignore', module='pydicom')
 
 
 class DicomSlice(NamedTuple):
-    """The header of one slice. Lengths in mm, directions and position in LPS; None where a value is missing."""
+    """The header of one slice: lengths in mm, directions and position in LPS; None if missing."""
 
     path: Path
     frame: int | None  # from 0, in a file of several
@@ -55,7 +55,7 @@ class DicomSlice(NamedTuple):
 
 
 def read_slices(path):
-    """Return the DicomSlices of a file, one for each frame; ValueError unless they are grey values."""
+    """Return the DicomSlices of a file, one a frame; ValueError unless they are grey values."""
     dataset = _dataset(path, specific_tags=TAGS)
     try:
         _check_room(path, dataset, dataset.file_meta.get('TransferSyntaxUID'))
@@ -108,7 +108,7 @@ def _check_room(path, dataset, syntax):
 def _frames(dataset):
     """Yield (frame or None, {tag: value}) of each image.
 
-    A value of the frame's own functional groups replaces one of the shared groups, and that one of the header.
+    The frame's own functional groups go before the shared ones, and these before the header.
     """
     frames = int(dataset.get('NumberOfFrames') or 1)
     shared, *_ = dataset.get('SharedFunctionalGroupsSequence') or [()]
@@ -149,7 +149,7 @@ def _slice(path, frame, values):
 
 
 def _padding(values):
-    """Return the (first, last) stored value that is padding; None if there is none, or it is not CT."""
+    """Return the (first, last) stored value of padding; None without, or if it is not CT."""
     first = _number(values, 'PixelPaddingValue', kind=int)
     if first is None or values.get('Modality', 'CT') not in ('', 'CT'):
         return None
@@ -209,7 +209,7 @@ def hounsfield(slice_, stored):
 
 
 def _check_coded_size(dataset, size):
-    """Check a compressed slice's own size against its header: decoders allocate what the code asks for."""
+    """Check a compressed slice's own size against its header: decoders believe the slice."""
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_compressed and syntax != RLELossless:
         for frame in generate_frames(dataset.PixelData, number_of_frames=int(dataset.get('NumberOfFrames') or 1)):

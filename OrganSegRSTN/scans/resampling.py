@@ -39,7 +39,7 @@ def upright(planes, positions, affine, size):
 
 
 def _between(planes, heights, wanted):
-    """Yield the planes at the heights `wanted`, interpolated between the planes at `heights`; both rise."""
+    """Yield planes at the heights `wanted`, interpolated between those at `heights`; both rise."""
     planes, k = iter(planes), 0
     below, above = next(planes), next(planes)
     for height in wanted:
