@@ -122,6 +122,8 @@ class RSTN(nn.Module):
     TEST 'C', 'O' or 'F' tests: forward -> one probability. All are (N, n_class, A, B); image is (N, 3, A, B).
     """
 
+    facts = {}  # of its training, see running.weights.FACTS
+
     def __init__(
         self, crop_margin=20, crop_prob=0.5, crop_sample_batch=1, n_class=3, TEST=None, width=64, fine_iterations=1
     ):

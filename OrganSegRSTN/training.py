@@ -137,9 +137,8 @@ def lock(args):
 def save_snapshot(args, mode, model, step=None):
     """Save the state dict after a mode, or after a step of it (rank 0 only)."""
     if processes.rank() == 0:
-        facts = training_facts(args, plane=args.plane, recipe=args.recipe)
         with atomic_write(snapshot_path(args, mode, step)) as file:
-            torch.save(describe(model.state_dict(), **facts), file)
+            torch.save(describe(model.state_dict(), **model.facts), file)
 
 
 def save_step(args, run, mode, step):
@@ -161,9 +160,11 @@ def save_untrained(args, mode, model):
 
 
 def new_model(args, width):
-    """Return an RSTN of these arguments."""
-    return RSTN(args.crop_margin, args.crop_prob, args.crop_sample_batch, args.slice_thickness, None, width,
-                args.fine_iterations)  # fmt: skip
+    """Return an RSTN of these arguments, with the facts that its snapshots will hold."""
+    model = RSTN(args.crop_margin, args.crop_prob, args.crop_sample_batch, args.slice_thickness, None, width,
+                 args.fine_iterations)  # fmt: skip
+    model.facts = training_facts(args, plane=args.plane, recipe=args.recipe)
+    return model
 
 
 def starting_model(args):

@@ -83,7 +83,7 @@ def test_without_an_untimestamped_one_it_is_the_newest_and_that_is_said(found, c
               'FD0:XJ1_1_20300101_000000.pkl', 'FD0:XJ3_12_20300101_000000.pkl']  # fmt: skip
     newest = 'FD0:XJ3_1_20261124_000000.pkl'
     assert found([*others, newest, f'FD0:XJ3_1_{STAMP}.pkl'], '_') == newest
-    assert newest in capsys.readouterr().out
+    assert 'tests the newest training: 20261124_000000' in capsys.readouterr().out
 
 
 def test_any_15_characters_are_a_timestamp_also_when_searching(found):

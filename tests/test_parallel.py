@@ -14,7 +14,7 @@ import torch
 from conftest import CODE, FOLDER, pretrain_args, run_script, settings, training_args
 
 from Data import load_slices
-from running.checkpoint import Run, random_states, seed_everything, set_random_states
+from running.checkpoint import random_states, seed_everything, set_random_states
 from running.processes import pick_device
 from running.weights import load_weights
 from training import DSC_loss, make_optimizer, starting_model
@@ -60,7 +60,7 @@ def one_process(data, ranks=2):
     slices, states = load_slices(args, 'Z'), []
     for rank in reversed(range(ranks)):
         seeded(rank)
-        model = starting_model(args, Run(None, args)).train()
+        model = starting_model(args).train()
         states.insert(0, random_states())
     optimizer, losses = make_optimizer(model, args.learning_rate1, args.learning_rate_m1), []
     for mode in 'SIJ':
@@ -139,7 +139,7 @@ def test_killing_one_rank_ends_all_with_a_line_and_resume_goes_on(pretrained):
         [re.sub(r'\d+\.\d\ds', '', line) for line in out.splitlines() if line.startswith('0Z')]
         for out in (undisturbed, resumed)
     )
-    assert again == log
+    assert again == log[-len(again) :], 'the log goes on'
     after = load_weights(pretrained / SNAPSHOTS / 'FD0:ZJ3_1.pkl')
     assert all(torch.equal(after[key], weights[key]) for key in weights)
 

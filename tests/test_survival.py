@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from conftest import CODE, coarse2fine_args, fusion_args, pretrain_args, run_script, training_args
 
-from running.data_folder import fold_list, read_list
 from running.files import load_array, load_volume, save_volume
 
 COARSE = 'results/coarse_testing_1e-5x10,4/FD0:ZJ3_1.pkl'

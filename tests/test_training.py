@@ -196,13 +196,14 @@ def test_another_folds_start_is_refused(trained, initialized, data, call):
     assert [path for path in (data / 'models').rglob('*') if path.is_file()] == []
 
 
-@pytest.mark.parametrize('content', ['an RSTN', 'no weights', 'a broken file'])
+@pytest.mark.parametrize('content', ['half an RSTN', 'no weights', 'a broken file'])
 def test_a_start_that_is_no_FCN8s_is_one_line(data, call, content):
     path = data / 'own.pth'
     if content == 'a broken file':
         path.write_bytes(b'')
     else:
-        torch.save(RSTN(width=4).state_dict() if content == 'an RSTN' else {}, path)
+        weights = {'saliency1.weight': torch.zeros(3, 3, 3, 3)} if content == 'half an RSTN' else {}
+        torch.save(weights, path)
     done = call('training.py', *training_args(data), '--pretrained', path)
     assert (done.code, len(done.err.splitlines())) == (1, 1)
     assert 'own.pth' in done.err
