@@ -1,9 +1,10 @@
-"""Write a small synthetic cohort as raw data in the folder layout of NIH Pancreas-CT: the built-in demo.
+"""Write a small synthetic cohort as raw data, laid out like NIH Pancreas-CT: the built-in demo.
 
 Each case is an upper abdomen with its own anatomy: OUT/DOI/PANCREAS_0001/STUDY/SERIES/000000.dcm ...
 (CT slices, 16 bit, slope 1, intercept -1024, z decreasing with InstanceNumber) and
 OUT/TCIA_pancreas_labels-02-05-2017/label0001.nii.gz. The target, organ 1, is a small bent pancreas
-between duodenum, bowel and stomach of nearly the same HU. The same arguments give the same bytes. Usage:
+between duodenum, bowel and stomach of nearly the same HU. The same arguments give the same bytes.
+Usage:
 
     python make_phantom.py OUT [--cases 8] [--size 96 96 40] [--seed 0] [--target_only]
 """
@@ -115,7 +116,7 @@ def curve(points, steps=4):
 
 
 def draw_body(canvas):
-    """Draw skin and fat, the muscular wall with ribs, the fat inside, spine and back muscles; return the wall."""
+    """Draw skin, fat, the wall with ribs, spine and back muscles; return the wall's inside."""
     rng, (y, x, z) = canvas.rng, canvas.grid
     radii = np.array([rng.uniform(100, 112), rng.uniform(138, 152), 1e4])
     fat = rng.uniform(11, 20)
@@ -201,7 +202,7 @@ def draw_pancreas_and_neighbours(canvas):
 
 
 def make_case(size, rng):
-    """Return one anatomy: (hu int16, label uint8), both (rows, columns, slices), the first slice on top."""
+    """Return one anatomy (hu int16, label uint8), both (rows, columns, slices), from the top."""
     canvas = Canvas(size, rng)
     wall = draw_body(canvas)
     draw_large_organs(canvas, wall)
@@ -217,7 +218,7 @@ def make_case(size, rng):
 
 
 def write_series(folder, hu, spacing, case, uid):
-    """Write hu (rows, columns, slices) as 000000.dcm ... below folder/STUDY/SERIES; InstanceNumber 1 is on top."""
+    """Write hu (rows, columns, slices) as folder/STUDY/SERIES/000000.dcm ..., from the top."""
     study, series, frame = uid('study'), uid('series'), uid('frame')
     folder = folder / study / series
     folder.mkdir(parents=True)

@@ -61,6 +61,16 @@ def dicom_rle(folder):
     return dicom(folder, RLELossless)
 
 
+def dicom_enhanced(folder):
+    from raw_scans import enhanced, make_slices
+
+    from scans.dicom import read_series
+
+    (whole,) = enhanced(make_slices(np.arange(60, dtype=np.int16).reshape(6, 5, 2)), frames=2)
+    whole.save_as(folder / '1.dcm', enforce_file_format=True)
+    return folder / '1.dcm', lambda path: read_series(path.parent, lambda note: None)
+
+
 def dicom_sample(folder, name):
     """A compressed slice that pydicom ships."""
     from pydicom.data import get_testdata_file
@@ -115,7 +125,7 @@ def npz(folder):
 
 
 def nifti(folder):
-    from test_conversion import write_nifti
+    from raw_scans import write_nifti
 
     from scans.nifti import read_nifti_image
 
@@ -124,7 +134,7 @@ def nifti(folder):
 
 
 def nifti_gz(folder):
-    from test_conversion import write_nifti
+    from raw_scans import write_nifti
 
     from scans.nifti import read_nifti_label
 
@@ -160,7 +170,7 @@ def weights_legacy(folder):
     return weights(folder, legacy=True)
 
 
-READERS = [dicom, dicom_rle, dicom_jpeg_2000, dicom_jpeg_ls, list_of_cases, list_of_slices, npy, npz, nifti,
+READERS = [dicom, dicom_rle, dicom_enhanced, dicom_jpeg_2000, dicom_jpeg_ls, list_of_cases, list_of_slices, npy, npz, nifti,
            nifti_gz, geometry, settings, weights, weights_legacy]  # fmt: skip
 
 

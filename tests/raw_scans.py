@@ -1,4 +1,4 @@
-"""Raw scans for the tests: DICOM series made here, the conversion scripts run as a user runs them, and their output."""
+"""Raw scans for the tests: DICOM and NIfTI files made here, and the conversion scripts run on them."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get('RSTN_SHARED', REPO.parent / 'shared'))
@@ -52,6 +52,32 @@ def make_slices(volume, orientation=AXIAL, start=(-10, -20, 50), spacing=(2.0, 3
     return slices
 
 
+def enhanced(slices, frames=1):
+    """Return slices as Enhanced CT, geometry and rescale in functional groups: a file for each, or one."""
+    shared, groups = Dataset(), []
+    for s in slices:
+        own = Dataset()
+        for sequence, tags in {
+            'PlanePositionSequence': ['ImagePositionPatient'], 'PlaneOrientationSequence': ['ImageOrientationPatient'],
+            'PixelMeasuresSequence': ['PixelSpacing'],
+            'PixelValueTransformationSequence': ['RescaleSlope', 'RescaleIntercept'],
+        }.items():  # fmt: skip
+            item = Dataset()
+            for tag in tags:
+                setattr(item, tag, getattr(s, tag))
+                delattr(s, tag)
+            setattr(shared if tags[0] in ('PixelSpacing', 'ImageOrientationPatient') else own, sequence, [item])
+        groups.append(own)
+    pixels = [s.PixelData for s in slices]
+    if frames > 1:
+        slices, groups, pixels = slices[:1], [groups], [b''.join(pixels)]
+    for s, own, data in zip(slices, groups, pixels):
+        s.SOPClassUID, s.NumberOfFrames, s.PixelData = EnhancedCTImageStorage, frames, data
+        s.SharedFunctionalGroupsSequence = [shared]
+        s.PerFrameFunctionalGroupsSequence = own if isinstance(own, list) else [own]
+    return slices
+
+
 def write_slices(folder, slices):
     """Write slices under names whose order is not that of their InstanceNumbers."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,15 +85,19 @@ def write_slices(folder, slices):
         s.save_as(folder / f'{(7 * i) % 1000:03}.dcm', enforce_file_format=True)
 
 
-# --- the conversion scripts ----------------------------------------------------------------------------------------
+# --- NIfTI files ---------------------------------------------------------------------------------------------------
 
 
 def write_nifti(path, array, affine=None, code=1):
+    """Write an array with its affine as sform and qform of this code."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(array, np.eye(4) if affine is None else affine)
     image.set_sform(image.affine, code)
     image.set_qform(image.affine, code)
     nib.save(image, path)
+
+
+# --- the conversion scripts ----------------------------------------------------------------------------------------
 
 
 def convert(script, *arguments, cwd=None, status=0):

@@ -11,7 +11,7 @@ source "$HERE/setup.sh"
 cd "$HERE"
 
 if [[ -n $own ]]; then
-  "$PYTHON" -c 'import pytest, hypothesis, ruff' 2>/dev/null || {
+  "$PYTHON" -c 'import pytest, xdist, hypothesis, ruff' 2>/dev/null || {
     echo "$PYTHON lacks what the tests need; install it: $PYTHON -m pip install -r '$HERE/tests/requirements.txt'" >&2
     exit 1
   }

@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import TESTS
 
+pytestmark = pytest.mark.long
 KEYS = {
     'coarse_fp32', 'fine_fp32', 'training_fp32', 'init', 'post_processing_organ',
     'coarse_bf16', 'fine_bf16', 'training_bf16', 'dsc', 'post_processing_blobs',

@@ -1,15 +1,9 @@
-"""dicom2npy.py and nii2npy.py as a user runs them: on DICOM and NIfTI files made here, and on a shared real series."""
-
-import os
-from pathlib import Path
+"""dicom2npy.py and nii2npy.py together: NIH's two layouts, and what a killed conversion leaves behind."""
 
 import numpy as np
 from raw_scans import convert, loaded, make_slices, random_volume, write_nifti, write_slices
 
 from scans.converting import convert_all
-
-REPO = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get('RSTN_SHARED', REPO.parent / 'shared'))
 
 
 def test_both_NIH_layouts_without_arguments(tmp_path):

@@ -3,7 +3,9 @@
 Each table reads: what is wrong -> (how to make it, what the line says). Each bad series is made from six good slices.
 """
 
+import copy
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,16 +13,25 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from pydicom.data import get_testdata_file
-from pydicom.dataset import FileMetaDataset
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+    generate_uid,
+)
 from raw_scans import (
     AXIAL,
     BOMB,
+    DICOM2NPY,
     REPO,
     convert,
     converted,
+    enhanced,
     geometry,
     loaded,
     make_slices,
@@ -28,6 +39,69 @@ from raw_scans import (
     write_slices,
     zeros,
 )
+
+# --- how a series is spoilt -----------------------------------------------------------------------------------------
+
+
+def change(number, **tags):
+    """Set these tags in the slice of this number."""
+
+    def bad(slices):
+        for tag, value in tags.items():
+            setattr(slices[number - 1], tag, value)
+
+    return bad
+
+
+def change_all(**tags):
+    return lambda slices: [setattr(s, tag, value) for s in slices for tag, value in tags.items()]
+
+
+def element(number, tag, vr, value):
+    """Put an element of this value representation, right or not, into the slice of this number."""
+    return lambda slices: slices[number - 1].add_new(tag, vr, value)
+
+
+def without(*tags):
+    return lambda slices: [delattr(s, tag) for s in slices for tag in tags]
+
+
+def drop(number):
+    return lambda slices: slices.pop(number - 1)
+
+
+def then(*steps):
+    return lambda slices: [step(slices) for step in steps]
+
+
+def again(slices, **tags):
+    """Return the same slices once more, of the same series."""
+    copies = copy.deepcopy(slices)
+    for s in copies:
+        s.SOPInstanceUID, s.AcquisitionNumber = generate_uid(), 1
+    for s in slices:
+        s.AcquisitionNumber = 1
+    change_all(**tags)(copies)
+    return copies
+
+
+def tilt(slices):
+    for s in slices:
+        s.ImagePositionPatient = [-10, -20 + s.InstanceNumber / 2, s.ImagePositionPatient[2]]
+
+
+def packed_pixels(content):
+    """Replace RLE pixels by these bytes."""
+
+    def bad(slices):
+        for s in slices:
+            s.compress(RLELossless)
+            s.PixelData = (
+                b'\xfe\xff\x00\xe0\x00\x00\x00\x00\xfe\xff\x00\xe0' + struct.pack('<I', len(content)) + content
+            )
+
+    return bad
+
 
 # --- what is read --------------------------------------------------------------------------------------------------
 
@@ -80,9 +154,269 @@ def test_compressed_slices_and_what_else_lies_among_them(tmp_path):
     report.save_as(tmp_path / 'a/report.dcm', enforce_file_format=True)
     said, _ = convert('dicom2npy.py', tmp_path, tmp_path / 'out')
     np.testing.assert_array_equal(loaded(tmp_path / 'out', 'images')['a'], volume)
-    assert (
-        'a: notes.txt is not a DICOM image, skipped' in said and 'report.dcm is not' in said and 'DS_Store' not in said
-    )
+    for line in ('hidden: .DS_Store', 'not DICOM: notes.txt', 'Comprehensive SR Storage: report.dcm'):
+        assert f'a: 1 left out, {line}' in said
+
+
+PHILIPS = ('1.3.46.670589.11.0.0.12.2', '1.2.840.10008.5.1.4.1.1.11.1', '1.2.840.10008.5.1.4.1.1.66')
+
+
+def test_objects_that_are_no_images_are_told_by_their_SOP_class(tmp_path):
+    """Philips series hold private objects, presentation states and raw data; a DICOMDIR may have any name."""
+    volume = random_volume()
+    write_slices(tmp_path / 'a', make_slices(volume))
+    for i, uid in enumerate((*PHILIPS, '1.2.840.10008.1.3.10')):
+        other = Dataset()
+        other.SOPClassUID, other.SOPInstanceUID, other.SeriesInstanceUID = uid, generate_uid(), generate_uid()
+        if i == 3:
+            del other.SOPClassUID  # a DICOMDIR names it in the file's meta information alone
+        other.file_meta = FileMetaDataset()
+        other.file_meta.MediaStorageSOPClassUID, other.file_meta.MediaStorageSOPInstanceUID = uid, generate_uid()
+        other.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        other.save_as(tmp_path / f'a/{900 + i}.dcm', enforce_file_format=True)
+    said, _ = convert('dicom2npy.py', tmp_path, tmp_path / 'out')
+    for kind in ('private SOP class 1.3.46', 'Grayscale Softcopy', 'Raw Data Storage', 'Media Storage Directory'):
+        assert f'a: 1 left out, {kind}' in said, said
+    np.testing.assert_array_equal(loaded(tmp_path / 'out', 'images')['a'], volume)
+
+
+SHUFFLED = {
+    'missing': lambda slices: [delattr(s, 'InstanceNumber') for s in slices],
+    'empty': change_all(InstanceNumber=None),
+    'shuffled': lambda slices: [setattr(s, 'InstanceNumber', n) for s, n in zip(slices, (2, 5, 1, 6, 3, 4))],
+    'all_one': change_all(InstanceNumber=1),
+}
+
+
+def test_positions_order_slices_without_sound_InstanceNumbers_downwards_as_in_NIH(tmp_path):
+    volume = random_volume(shape=(6, 5, 6))
+    for case, spoil in SHUFFLED.items():
+        slices = make_slices(volume)
+        spoil(slices)
+        write_slices(tmp_path / case, slices)
+    upwards = make_slices(volume)
+    for s in upwards:
+        s.InstanceNumber = 7 - s.InstanceNumber
+    write_slices(tmp_path / 'upwards', upwards)
+    upwards[2].InstanceNumber, upwards[3].InstanceNumber = upwards[3].InstanceNumber, upwards[2].InstanceNumber
+    write_slices(tmp_path / 'upwards_but_for_two', upwards)
+    said, _ = convert('dicom2npy.py', tmp_path, tmp_path / 'out')
+    images = loaded(tmp_path / 'out', 'images')
+    for case in SHUFFLED:
+        np.testing.assert_array_equal(images[case], volume)
+        assert geometry(tmp_path / 'out', case)['affine'][2][2] == -5
+        assert f'{case}: InstanceNumbers are missing, repeated or not in the order of the positions' in said
+    for case in ('upwards', 'upwards_but_for_two'):
+        np.testing.assert_array_equal(images[case], volume[:, :, ::-1])
+    assert 'upwards: InstanceNumbers' not in said and 'upwards_but_for_two: InstanceNumbers' in said
+
+
+def test_positions_rounded_to_a_tenth_of_a_millimetre(tmp_path):
+    slices = make_slices(random_volume(shape=(6, 5, 30)), start=(-10.04, -20.06, 50.03), spacing=(0.7, 0.7, 0.625))
+    for s in slices:
+        s.ImagePositionPatient = [round(float(v), 1) for v in s.ImagePositionPatient]
+    write_slices(tmp_path / 'a', slices)
+    convert('dicom2npy.py', tmp_path, tmp_path / 'out')
+    assert abs(geometry(tmp_path / 'out', 'a')['spacing'][2] - 0.625) < 0.005
+
+
+def test_a_copy_of_a_slice_is_skipped_and_a_slice_like_it_is_not(call, tmp_path):
+    volume = random_volume()
+    write_slices(tmp_path / 'raw/a', make_slices(volume))
+    shutil.copy(tmp_path / 'raw/a/007.dcm', tmp_path / 'raw/a/007 (1).dcm')
+    said = call(DICOM2NPY, tmp_path / 'raw', tmp_path / 'out').out
+    assert 'a: 007.dcm is a copy of 007 (1).dcm, skipped' in said
+    np.testing.assert_array_equal(loaded(tmp_path / 'out', 'images')['a'], volume)
+    shutil.rmtree(tmp_path / 'out')
+    content = bytearray((tmp_path / 'raw/a/007.dcm').read_bytes())
+    content[-1] ^= 1
+    (tmp_path / 'raw/a/007 (1).dcm').write_bytes(content)
+    assert 'lie at one position: a repeated slice' in converted(call, tmp_path)
+
+
+def test_one_acquisition_of_several_is_chosen_by_its_number(tmp_path):
+    first, second = random_volume(1), random_volume(2)
+    slices = make_slices(first, AcquisitionNumber=1)
+    later = make_slices(second, AcquisitionNumber=2, SeriesInstanceUID=slices[0].SeriesInstanceUID)
+    write_slices(tmp_path / 'raw/a', slices + later)
+    said, _ = convert('dicom2npy.py', tmp_path / 'raw', tmp_path / 'out', status=1)
+    assert 'its acquisitions 1 (4 slices), 2 (4 slices) cover the same positions' in said and '--acquisition' in said
+    for number, volume in (('1', first), ('2', second)):
+        convert('dicom2npy.py', tmp_path / 'raw', tmp_path / number, '--acquisition', number)
+        np.testing.assert_array_equal(loaded(tmp_path / number, 'images')['a'], volume)
+
+
+@pytest.mark.parametrize('syntax', [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_padding_becomes_air_and_is_counted(tmp_path, syntax):
+    volume = random_volume()
+    volume[0, :2], volume[1, 0] = 1024 - 24, -1020  # stored 2024 is padding, and so is all up to 2030
+    slices = make_slices(volume, PixelPaddingValue=2030, PixelPaddingRangeLimit=2024)
+    signed = make_slices(volume, intercept=0)
+    for s in signed:
+        s.add_new('PixelPaddingValue', 'US', 63536)  # -2000, written as if it were unsigned
+        s.PixelData = np.full((6, 5), -2000, '<i2').tobytes() if s.InstanceNumber == 1 else s.PixelData
+    for s in (*slices, *signed):
+        s.file_meta.TransferSyntaxUID = syntax
+    write_slices(tmp_path / 'range', slices)
+    write_slices(tmp_path / 'signed', signed)
+    write_slices(tmp_path / 'mr', make_slices(volume, Modality='MR', PixelPaddingValue=2024))
+    said, _ = convert('dicom2npy.py', tmp_path, tmp_path / 'out')
+    images = loaded(tmp_path / 'out', 'images')
+    expected = volume.copy()
+    expected[0, :2] = -1024
+    np.testing.assert_array_equal(images['range'], expected)
+    assert 'range: 8 voxels (6.7%) lie outside the field of view (NaN or padding): set to -1024 HU' in said
+    assert (images['signed'][:, :, 0] == -1024).all() and (images['signed'][:, :, 1:] == volume[:, :, 1:]).all()
+    np.testing.assert_array_equal(images['mr'], volume)
+    assert 'mr: ' in said and 'outside the field of view' not in said.split('mr: ')[1].split('range: ')[0]
+
+
+def test_enhanced_CT_is_read_with_one_frame_a_file_and_with_all_in_one(tmp_path):
+    volume = random_volume()
+    write_slices(tmp_path / 'one_each', enhanced(make_slices(volume)))
+    write_slices(tmp_path / 'all_in_one', enhanced(make_slices(volume), frames=4))
+    packed = enhanced(make_slices(volume), frames=4)
+    packed[0].compress(RLELossless)
+    write_slices(tmp_path / 'packed', packed)
+    shuffled = make_slices(volume)
+    order = [2, 0, 3, 1]
+    write_slices(tmp_path / 'shuffled', enhanced([shuffled[k] for k in order], frames=4))
+    said, _ = convert('dicom2npy.py', tmp_path, tmp_path / 'out')
+    for case, image in loaded(tmp_path / 'out', 'images').items():
+        np.testing.assert_array_equal(image, volume, err_msg=case)
+        assert geometry(tmp_path / 'out', case)['spacing'] == [2, 3, 5]
+    assert 'shuffled: InstanceNumbers are missing, repeated or not in the order' in said
+
+
+def test_blanks_in_a_folder_become_underscores(tmp_path):
+    for name in ('Anna  B', 'a\nb', 'c d', 'c_d'):
+        write_slices(tmp_path / 'raw' / name, make_slices(random_volume()))
+    said, _ = convert('dicom2npy.py', tmp_path / 'raw', tmp_path / 'out', status=1)
+    assert list(loaded(tmp_path / 'out', 'images')) == ['Anna__B', 'a_b']
+    assert "Anna__B: named after the folder 'Anna  B', its white space replaced by _" in said
+    assert 'c_d: error: 2 sources for one case' in said
+
+
+# --- resampling ----------------------------------------------------------------------------------------------------
+
+
+def ramp(row, column, z):
+    """HU at a place of the patient (mm, LPS y, x, z): linear, so that linear interpolation is exact."""
+    return row + 2 * column - 3 * z
+
+
+def scanned(positions, shape=(8, 7)):
+    """Return slices of the ramp at these first pixels, 2 x 3 mm, and their positions."""
+    volume = np.zeros((*shape, len(positions)), np.int16)
+    for k, (x, y, z) in enumerate(positions):
+        rows, columns = np.indices(shape)
+        volume[:, :, k] = np.rint(ramp(y + 2 * rows, x + 3 * columns, z))
+    slices = make_slices(volume)
+    for s, position in zip(slices, positions):
+        s.ImagePositionPatient = list(position)
+    return slices
+
+
+@pytest.mark.parametrize(
+    ('positions', 'shape', 'spacing', 'line'),
+    [
+        ([(-10, -20 + k, 50 - 5 * k) for k in range(6)], (11, 7, 6), 5, '11.3 degrees off their normal (gantry tilt)'),
+        ([(-10, -20 - k, 50 - 5 * k) for k in range(6)], (11, 7, 6), 5, '11.3 degrees off their normal (gantry tilt)'),
+        ([(-10 + 1.5 * k, -20, 50 + 5 * k) for k in range(5)], (8, 9, 5), 5, '16.7 degrees off their normal'),
+        ([(-10, -20, 50 - 5 * k) for k in (0, 1, 2, 4, 5)], (8, 7, 6), 5, 'a slice is missing between them'),
+        ([(-10, -20, 50 - z) for z in (0, 5, 10, 13, 18)], (8, 7, 5), 4.5, 'the slices are not evenly spaced'),
+    ],
+    ids=['tilted', 'tilted_back', 'sheared_to_the_left', 'a_gap', 'uneven'],
+)
+def test_a_series_is_resampled_only_if_asked(positions, shape, spacing, line, call, tmp_path):
+    write_slices(tmp_path / 'raw/a', scanned(positions))
+    error = converted(call, tmp_path)
+    assert line in error and '--resample' in error
+    done = call(DICOM2NPY, tmp_path / 'raw', tmp_path / 'out', '--resample')
+    assert done.code == 0 and line in done.out and ': resampled by linear interpolation' in done.out
+    image = loaded(tmp_path / 'out', 'images')['a']
+    assert image.shape == shape
+    affine = np.array(geometry(tmp_path / 'out', 'a')['affine'])
+    np.testing.assert_allclose(np.linalg.norm(affine[:, :3], axis=0), [2, 3, spacing])
+    np.testing.assert_allclose(affine[:3, :3].T @ affine[:3, :3], np.diag([4, 9, spacing**2]), atol=1e-9)
+    places = np.einsum('ij,jrck->irck', affine, np.stack([*np.indices(shape), np.ones(shape)]))
+    x, y, z = places[:3] * np.array([-1, -1, 1]).reshape(3, 1, 1, 1)
+    inside = image != -1024
+    np.testing.assert_allclose(image[inside], ramp(y, x, z)[inside], atol=1.01)
+    assert inside.mean() > 0.6 and inside[:, :, 0].sum() == 8 * 7
+
+
+def test_slices_that_lie_too_far_apart_are_not_resampled(call, tmp_path):
+    write_slices(tmp_path / 'raw/a', make_slices(random_volume(shape=(6, 5, 3))))
+    last = pydicom.dcmread(tmp_path / 'raw/a/014.dcm')
+    last.ImagePositionPatient = [-10, -20, -1e10]
+    last.save_as(tmp_path / 'raw/a/014.dcm')
+    done = call(DICOM2NPY, tmp_path / 'raw', tmp_path / 'out', '--resample')
+    assert done.code == 1 and 'its slices lie too far apart for one grid' in done.out
+
+
+# --- files that are left out ---------------------------------------------------------------------------------------
+
+
+def test_files_that_are_left_out_are_named_and_counted(tmp_path):
+    write_slices(tmp_path / 'a', make_slices(random_volume()))
+    for name in ('.DS_Store', '._000.dcm'):
+        (tmp_path / 'a' / name).write_text('hidden')
+    for i in range(7):
+        (tmp_path / f'a/note{i}.txt').write_text('text')
+    (tmp_path / 'a/done').touch()
+    (tmp_path / 'a/more').symlink_to(tmp_path / 'nowhere')
+    os.mkfifo(tmp_path / 'a/pipe')
+    said, _ = convert('dicom2npy.py', tmp_path, tmp_path / 'out')
+    for line in (
+        '2 left out, hidden: .DS_Store, ._000.dcm', '1 left out, empty: done', '1 left out, a dangling link: more',
+        '7 left out, not DICOM: note0.txt, note1.txt, note2.txt, note3.txt, note4.txt and 2 more',
+        '1 left out, not a file: pipe',
+    ):  # fmt: skip
+        assert f'a: {line}' in said, said
+
+
+def link_nowhere(path):
+    path.unlink()
+    path.symlink_to(path.parent / 'nowhere')
+
+
+LOST = {
+    'a dangling link': (link_nowhere, 'no such file; is it a dangling link?', 'a dangling link among the slices'),
+    'an empty file': (
+        lambda path: path.write_bytes(b''), 'not a DICOM file, though its name says so', 'empty among the slices',
+    ),
+    'a hidden slice': (
+        lambda path: path.rename(path.parent / f'.{path.name}'), 'a hidden DICOM image', 'a hidden DICOM image among',
+    ),
+    'zeros': (
+        lambda path: path.write_bytes(bytes(500)), 'not a DICOM file, though its name says so', 'not DICOM among',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('ending', ['.dcm', ''], ids=['dcm', 'no_ending'])
+@pytest.mark.parametrize('what', LOST)
+def test_a_series_that_loses_its_last_slice_is_an_error(what, ending, call, tmp_path):
+    spoil, *lines = LOST[what]
+    write_slices(tmp_path / 'raw/a', make_slices(random_volume()))
+    for path in list((tmp_path / 'raw/a').iterdir()):
+        path.rename(path.with_name(f'IM{path.stem}{ending}'))
+    spoil(tmp_path / f'raw/a/IM021{ending}')
+    assert lines[ending == ''] in converted(call, tmp_path)
+
+
+@pytest.mark.parametrize('part', [slice(0, 3), slice(0, 6, 2)], ids=['upper_half', 'every_second'])
+def test_two_halves_of_one_scan_are_not_two_cases(part, tmp_path):
+    slices = make_slices(random_volume(shape=(6, 5, 6)), PatientID='p', FrameOfReferenceUID='1.2.3')
+    half = slices[part]
+    write_slices(tmp_path / 'raw/study/a', half)
+    write_slices(tmp_path / 'raw/study/b', [s for s in slices if s not in half])
+    write_slices(tmp_path / 'raw/study/c', make_slices(random_volume(), PatientID='p', FrameOfReferenceUID='1.2.3'))
+    said, _ = convert('dicom2npy.py', tmp_path / 'raw', tmp_path / 'out', status=1)
+    for case in 'ab':
+        assert f'{case}: error: ' in said and 'look like parts of one scan; put its slices into one folder' in said
+    assert list(loaded(tmp_path / 'out', 'images')) == ['c']
 
 
 ORIENTATIONS = {  # (row direction, column direction), LPS
@@ -119,70 +453,48 @@ def test_geometry_is_RAS_of_the_array_as_stored(tmp_path):
 # --- what is refused: series ---------------------------------------------------------------------------------------
 
 
-def change(number, **tags):
-    """Set these tags in the slice of this number."""
-
-    def bad(slices):
-        for tag, value in tags.items():
-            setattr(slices[number - 1], tag, value)
-
-    return bad
-
-
-def change_all(**tags):
-    return lambda slices: [setattr(s, tag, value) for s in slices for tag, value in tags.items()]
-
-
-def element(number, tag, vr, value):
-    """Put an element of this value representation, right or not, into the slice of this number."""
-    return lambda slices: slices[number - 1].add_new(tag, vr, value)
-
-
-def without(*tags):
-    return lambda slices: [delattr(s, tag) for s in slices for tag in tags]
-
-
-def drop(number):
-    return lambda slices: slices.pop(number - 1)
-
-
-def then(*steps):
-    return lambda slices: [step(slices) for step in steps]
-
-
-def tilt(slices):
-    for s in slices:
-        s.ImagePositionPatient = [-10, -20 + s.InstanceNumber / 2, s.ImagePositionPatient[2]]
-
-
-def packed_pixels(content):
-    """Replace RLE pixels by these bytes."""
-
-    def bad(slices):
-        for s in slices:
-            s.compress(RLELossless)
-            s.PixelData = (
-                b'\xfe\xff\x00\xe0\x00\x00\x00\x00\xfe\xff\x00\xe0' + struct.pack('<I', len(content)) + content
-            )
-
-    return bad
-
-
 SERIES = {
     'two series mixed': (change(3, SeriesInstanceUID='1.2.3'), 'two series in one folder'),
     'a slice left out': (
-        drop(3), 'InstanceNumber 2 and 4 lie 10 mm apart, others 5 mm: a slice is missing between them',
+        drop(3), '007.dcm (InstanceNumber 2) and 014.dcm (InstanceNumber 4) lie 10 mm apart, others 5 mm: a slice is missing',
     ),
     'a slice left out, without positions': (
         then(drop(3), without('ImagePositionPatient', 'ImageOrientationPatient')),
         'slice missing, InstanceNumber 2 is followed by 4',
     ),
-    'a number twice': (change(4, InstanceNumber=3), 'repeated slice, InstanceNumber 3'),
-    'a position twice': (
-        change(4, ImagePositionPatient=[-10, -20, 40]), 'InstanceNumber 3 and 4 lie at one position',
+    'a number twice, without positions': (
+        then(change(4, InstanceNumber=3), without('ImagePositionPatient')),
+        'slice repeated, InstanceNumber 3 is followed by 3',
     ),
-    'a position out of order': (
-        change(4, ImagePositionPatient=[-10, -20, 47]), 'the numbers do not follow the positions',
+    'no InstanceNumber and no position': (
+        without('InstanceNumber', 'ImagePositionPatient'), 'neither a position nor an InstanceNumber',
+    ),
+    'a position twice': (
+        change(4, ImagePositionPatient=[-10, -20, 40]), '(InstanceNumber 4) lie at one position: a repeated slice',
+    ),
+    'a position in the place of another': (
+        change(4, ImagePositionPatient=[-10, -20, 47]), '10 mm apart, others 5 mm: a slice is missing between them',
+    ),
+    'slices shifted sideways': (
+        change(4, ImagePositionPatient=[30, -20, 35]), '021.dcm (InstanceNumber 4) lies 40 mm off the line from the first',
+    ),
+    'slices shifted to the back': (
+        change(2, ImagePositionPatient=[-10, -21, 45]), '007.dcm (InstanceNumber 2) lies 1 mm off the line from the first',
+    ),
+    'gaps that shrink': (
+        lambda slices: [
+            change(n, ImagePositionPatient=[-10, -20, 50 - z])(slices)
+            for n, z in enumerate((0, 5.4, 10.8, 15.8, 20.4, 25), 1)
+        ],
+        '014.dcm (InstanceNumber 3) lies 0.8 mm off the line from the first to the last slice',
+    ),
+    'two acquisitions': (
+        lambda slices: slices.extend(again(slices, AcquisitionNumber=2)),
+        "its acquisitions 1 (6 slices), 2 (6 slices) cover the same positions",
+    ),
+    'a modality table': (change(3, ModalityLUTSequence=[Dataset()]), 'a table (ModalityLUTSequence) gives its values'),
+    'nothing but padding': (
+        change_all(PixelPaddingValue=-32768, PixelPaddingRangeLimit=32767), 'all its values are NaN',
     ),
     'uneven gaps': (change(4, ImagePositionPatient=[-10, -20, 36]), 'the slices are not evenly spaced'),
     'another size': (change(4, Rows=3), '(3, 5) pixels, where'),
@@ -192,25 +504,27 @@ SERIES = {
         change(4, ImagePositionPatient=None), 'no position in its header, unlike the others',
     ),
     'a tilted gantry': (tilt, 'gantry tilt'),
-    'no InstanceNumber': (without('InstanceNumber'), 'no InstanceNumber to order it by'),
-    'an InstanceNumber in words': (element(2, 'InstanceNumber', 'LO', 'two'), "invalid literal for int() with base 10: 'two'"),
-    'two InstanceNumbers in one slice': (element(2, 'InstanceNumber', 'IS', [2, 3]), 'int() argument must be'),
+    'an InstanceNumber in words': (element(2, 'InstanceNumber', 'LO', 'two'), "InstanceNumber 'two' is not a number"),
+    'two InstanceNumbers in one slice': (element(2, 'InstanceNumber', 'IS', [2, 3]), "InstanceNumber '[2, 3]' is not"),
     'no pixels claimed': (change(2, Rows=0), 'no image in it'),
     'no Columns': (without('Columns'), 'no image in it'),
-    'Rows twice': (element(2, 'Rows', 'US', [6, 6]), 'int() argument must be'),
+    'Rows twice': (element(2, 'Rows', 'US', [6, 6]), "Rows '[6, 6]' is not a number"),
     'negative Rows': (element(2, 'Rows', 'SS', -6), 'its header claims (-6, 5) pixels'),
     'a size that no scan has': (change_all(Rows=60000, Columns=60000), 'its header claims (60000, 60000) pixels'),
     'a larger size than the file': (
         change_all(Rows=600, Columns=500), 'its header claims (600, 500) pixels of 16 bits, more than the file',
     ),
-    'a million frames claimed': (change(1, NumberOfFrames=10**6), 'a multi-frame image'),
-    'frames in words': (element(1, 'NumberOfFrames', 'LO', 'many'), 'invalid literal'),
+    'a million frames claimed': (change(1, NumberOfFrames=10**6), 'in 1000000 frames, more than the file'),
+    'frames without functional groups': (
+        change(1, NumberOfFrames=2, PixelData=bytes(2 * 60)), '2 frames, but 1 functional groups that say where each lies',
+    ),
+    'frames in words': (element(1, 'NumberOfFrames', 'LO', 'many'), "NumberOfFrames 'many' is not a number"),
     'in colour': (change_all(SamplesPerPixel=3, PhotometricInterpretation='RGB'), 'a colour image (RGB)'),
     'a slope of 0': (change(2, RescaleSlope=0), 'slope 0.0 and intercept -1024.0 give no HU'),
     'a slope that is no number': (element(2, 'RescaleSlope', 'FD', float('nan')), 'slope nan'),
-    'an intercept in words': (element(2, 'RescaleIntercept', 'LO', 'none'), 'its pixels cannot be read'),
+    'an intercept in words': (element(2, 'RescaleIntercept', 'LO', 'none'), "RescaleIntercept 'none' is not a number"),
     'a spacing of 0': (change_all(PixelSpacing=[0, 2]), 'no ImageOrientationPatient or PixelSpacing'),
-    'a spacing of nothing': (change_all(PixelSpacing=['1e-30', '1e-30']), 'are no voxel of a scan'),
+    'a spacing of nothing': (change_all(PixelSpacing=['1e-30', '1e-30']), 'mm, which no scan has'),
     'a spacing that is no number': (element(2, 'PixelSpacing', 'FD', [float('nan'), 1.0]), 'where 2 numbers belong'),
     'one number of spacing': (change(2, PixelSpacing='2'), 'where 2 numbers belong'),
     'a position without directions': (without('ImageOrientationPatient'), 'no ImageOrientationPatient'),

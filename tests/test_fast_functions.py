@@ -421,6 +421,28 @@ def test_other_threads_run_meanwhile():
     assert after > before
 
 
+def test_the_build_by_hand_of_the_published_README(tmp_path):
+    """swig, build_ext --inplace, mv, cp: as written there, and utils.py takes what comes of it."""
+    folder = tmp_path / 'SWIG_fast_functions'
+    shutil.copytree(
+        TESTS.parent / 'SWIG_fast_functions', folder, ignore=shutil.ignore_patterns('build', '*.so', '*.egg-info')
+    )
+    code = tmp_path / 'OrganSegRSTN'
+    code.mkdir()
+    shutil.copy(TESTS.parent / 'OrganSegRSTN/utils.py', code)
+    commands = """
+        swig -python -c++ fast_functions.i
+        python setup.py build_ext --inplace
+        mv _fast_functions*.so _fast_functions.so
+        cp {_fast_functions.so,fast_functions.py} ../OrganSegRSTN/
+    """
+    environment = os.environ | {'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
+    subprocess.run(['bash', '-ec', commands], cwd=folder, env=environment, check=True, capture_output=True)
+    check = 'import fast_functions, utils, numpy as np; print(fast_functions.__file__, utils.DSC_computation(*[np.ones(3, bool)] * 2))'
+    done = subprocess.run([sys.executable, '-c', check], cwd=code, check=True, capture_output=True, text=True)
+    assert done.stdout == f'{code / "fast_functions.py"} 2 * 3 / (3 + 3) = 1.0\n'
+
+
 SANITIZED = ['-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-O1']
 
 
@@ -438,6 +460,7 @@ def compiler(tmp_path_factory):
     return found
 
 
+@pytest.mark.long
 def test_the_core_under_sanitizers(compiler, tmp_path):
     """Random shapes, strides and sizes, and addresses beyond 2^31, in C++ (fast_functions_sanitized.cc)."""
     driver = tmp_path / 'driver'
@@ -448,6 +471,7 @@ def test_the_core_under_sanitizers(compiler, tmp_path):
     assert 'as expected' in run.stdout
 
 
+@pytest.mark.long
 def test_the_built_module_under_sanitizers(compiler, tmp_path):
     """The same through the wrapper, with arrays right and wrong (fast_functions_sanitized.py)."""
     runtime = [

@@ -13,6 +13,7 @@ import pytest
 from conftest import TESTS
 from fuzz import READERS
 
+pytestmark = pytest.mark.long
 SECONDS = float(os.environ.get('RSTN_FUZZ_SECONDS', '2'))
 SEED = os.environ.get('RSTN_FUZZ_SEED', '0')
 

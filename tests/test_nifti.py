@@ -344,7 +344,7 @@ def test_NaN_outside_the_field_of_view_is_air_and_is_counted(tmp_path, convert):
     image[0, 0] = np.nan
     write_nifti(tmp_path / 'images/a.nii.gz', image)
     said, _ = convert(tmp_path, tmp_path / 'out')
-    assert 'a: 4 voxels (3.3%) are NaN, as outside a field of view: set to -1024 HU' in said
+    assert 'a: 4 voxels (3.3%) lie outside the field of view (NaN or padding): set to -1024 HU' in said
     np.testing.assert_array_equal(
         loaded(tmp_path / 'out', 'images')['a'], np.nan_to_num(image, nan=-1024).transpose(1, 0, 2)
     )

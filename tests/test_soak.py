@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import TESTS
 from soak import growth
 
+pytestmark = pytest.mark.long
 STAGES = ['init', 'coarse X', 'coarse Y', 'coarse Z', 'coarse fusion', 'coarse to fine']
 
 

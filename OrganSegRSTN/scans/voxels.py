@@ -67,7 +67,9 @@ def stack_slices(planes, size, source, say):
     if blank == image.size:
         raise ValueError(f'{source}: all its values are NaN')
     if blank:
-        say(f'{blank} voxels ({blank / image.size:.1%}) are NaN, as outside a field of view: set to {OUTSIDE} HU')
+        say(
+            f'{blank} voxels ({blank / image.size:.1%}) lie outside the field of view (NaN or padding): set to {OUTSIDE} HU'
+        )
     for note in notes:
         say(note)
     return image
