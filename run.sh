@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # OrganSegRSTN, from raw scans to a report: edit the settings, or set them in the environment, and
 # run it: bash run.sh. LAZY_MODE=1 runs every stage; DRY_RUN=1 prints the commands instead.
-# Each stage stands below its settings, in the order of the pipeline.
+# Each stage stands below its settings, in the order of the pipeline. How to use it: docs/run_sh.md;
+# every setting: docs/flags.md.
 case ${BASH_VERSION:+$BASH} in '' | sh | */sh) echo 'run.sh needs bash: bash run.sh' >&2; exit 2 ;; esac
 set -euo pipefail
 HERE=${BASH_SOURCE[0]}

@@ -280,10 +280,11 @@ def write_case(folder, number, args):
 def arguments():
     parser = Parser(__doc__)
     parser.add_argument('out', metavar='OUT', help='the raw folder to write')
-    parser.add_argument('--cases', type=whole(1, 9999), default=8, help='number of cases (8)')
+    parser.add_argument('--cases', type=whole(1, 9999), default=8, help='number of cases (default 8)')
     size = ('ROWS', 'COLUMNS', 'SLICES')
-    parser.add_argument('--size', type=whole(8, 1024), nargs=3, default=[96, 96, 40], metavar=size, help='96 96 40')
-    parser.add_argument('--seed', type=whole(0), default=0, help='random seed of the anatomies (0)')
+    parser.add_argument('--size', type=whole(8, 1024), nargs=3, default=[96, 96, 40], metavar=size,
+                        help='voxels of a case (default 96 96 40)')  # fmt: skip
+    parser.add_argument('--seed', type=whole(0), default=0, help='random seed of the anatomies (default 0)')
     parser.add_argument('--target_only', action='store_true', help='label organ 1 only, as NIH does')
     return parser.parse_args()
 

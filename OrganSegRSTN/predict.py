@@ -83,8 +83,8 @@ def parse(argv=None):
     parser.add_argument('--device', '--GPU_ID', dest='GPU_ID', default='0',
                         help='number of the CUDA device, or cpu (default 0)')  # fmt: skip
     for name, kind, text in (
-        ('--low_range', arguments.number(), 'lower end of the intensity window of the training (HU)'),
-        ('--high_range', arguments.number(), 'upper end of the intensity window of the training (HU)'),
+        ('--low_range', arguments.number(), 'lower end of the intensity window (HU)'),
+        ('--high_range', arguments.number(), 'upper end of the intensity window (HU)'),
         ('--margin', arguments.whole(0), "pixels around the organ's box"),
     ):
         parser.add_argument(name, type=kind, help=f'{text} (default: as the snapshots say)')

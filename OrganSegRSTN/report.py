@@ -41,7 +41,9 @@ def main():
     source = Source(data)
     runs, logs = read_results(source), read_logs(source)
     if not runs and not logs:
-        raise FileNotFoundError(f'{data}: no results and no logs to report on; train and test first (see README.md)')
+        raise FileNotFoundError(
+            f'{data}: no results and no logs to report on; train and test first, see docs/run_sh.md'
+        )
     if not runs:
         source.notice('no test results yet: the report shows the training only')
     with fresh_folder(data / 'report') as folder:
@@ -66,10 +68,9 @@ def read_arguments():
     parser = arguments.Parser(__doc__)
     parser.add_argument('data_path', help='the data folder, $DATA_PATH in run.sh')
     parser.add_argument('--reference', metavar='FILE', help='JSON of figures to compare with, or a former summary.json')
-    parser.add_argument(
-        '--low_range', type=arguments.number(), default=-100, help='intensity window (HU) of pictures, '
-    )
-    parser.add_argument('--high_range', type=arguments.number(), default=240, help='if run.json of a test has none')
+    for end, default in (('low', -100), ('high', 240)):
+        parser.add_argument(f'--{end}_range', type=arguments.number(), default=default,
+                            help=f'window (HU) of pictures of tests without run.json (default {default})')  # fmt: skip
     parser.add_argument(
         '--slices', type=arguments.whole(1), default=96, help='most slices a case and plane (default 96)'
     )

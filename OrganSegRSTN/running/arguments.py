@@ -160,7 +160,7 @@ def add_precision(parser):
 
 def add_overwrite(parser):
     """Add --overwrite, for a stage that stores volumes."""
-    parser.add_argument('--overwrite', action='store_true', help='replace volumes that other settings made')
+    parser.add_argument('--overwrite', action='store_true', help='replace results of other settings, or edited lists')
 
 
 def add_nifti(parser):

@@ -1,4 +1,4 @@
-"""The data folder: names of its files, cases, lists of slices and folds, snapshots and result folders (SPEC: README)."""
+"""The data folder: names of its files, cases, lists of slices and folds, snapshots and result folders (docs/data.md)."""
 
 import functools
 import glob
