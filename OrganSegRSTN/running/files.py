@@ -101,9 +101,9 @@ def locked(path, *leftovers):
     with lock:
         try:
             with errors_naming(path):
-                lock.truncate(0)
-                lock.write(f'process {os.getpid()} on {socket.gethostname()} ({os.path.basename(sys.argv[0])})')
-                lock.flush()
+                holder = f'process {os.getpid()} on {socket.gethostname()} ({os.path.basename(sys.argv[0])})'
+                os.truncate(lock.fileno(), 0)
+                os.write(lock.fileno(), holder.encode())
             remove_leftovers(path.parent, leftovers)
             yield
         finally:

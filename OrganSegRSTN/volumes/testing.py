@@ -61,8 +61,10 @@ class PlaneTester:
         if self.net is None or len(self.paths) > 1:
             print(f'{self.plane}: snapshot {path}', flush=True)
             window, thickness, margin, device, precision, organ_ID = self.settings
-            self.net = load_RSTN(path, self.TEST, thickness, margin, device, precision,
-                                 plane=self.plane, organ_ID=organ_ID, intensity_window=window)  # fmt: skip
+            facts = {}  # predict.py, which knows no organ, has checked its snapshots
+            if organ_ID is not None:
+                facts = {'plane': self.plane, 'organ_ID': organ_ID, 'intensity_window': window}
+            self.net = load_RSTN(path, self.TEST, thickness, margin, device, precision, **facts)
         return self.net
 
     def release(self):
