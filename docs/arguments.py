@@ -80,7 +80,8 @@ def arguments_page(parsers):
     usages, positionals, options = {}, {}, {}  # {text: [script]}, twice {(name, meaning): [script]}
     for script, parser in parsers.items():
         actions = [action for action in parser._actions if action.help != argparse.SUPPRESS and action.dest != 'help']
-        usages.setdefault(' '.join(map(usage, actions)), []).append(script)
+        words = [usage(action) for action in actions if not action.option_strings] + ['[options]']
+        usages.setdefault(' '.join(words), []).append(script)
         for action in actions:
             found = options if action.option_strings else positionals
             found.setdefault((name_of(action), meaning(action)), []).append(script)
@@ -106,9 +107,8 @@ def name_of(action):
 
 
 def usage(action):
-    """How an argument stands in the usage of a script; options without their values."""
-    name = action.option_strings[0] if action.option_strings else name_of(action)
-    return f'[{name}]' if action.option_strings or action.nargs == '?' else name
+    """How a positional argument stands in the usage of a script."""
+    return f'[{name_of(action)}]' if action.nargs == '?' else name_of(action)
 
 
 def meaning(action):
