@@ -92,6 +92,13 @@ check_settings() {
   matching "$gpu" 'the number of a GPU, or cpu, or several such as 0,1' \
     {CURRENT,TRAINING,COARSE_TESTING,ORACLE_TESTING,COARSE2FINE_TESTING}_GPU
   matching 'fp32|bf16' 'fp32 or bf16' PRECISION
+  matching 'published|fast' 'published or fast' RECIPE
+  matching '[01]' '0 or 1' PRETRAINED_FURTHER
+  [[ $PRETRAINED == '' || $PRETRAINED == vgg16 || -f $PRETRAINED ]] || refuse "PRETRAINED is '$PRETRAINED': not vgg16, and no such file"
+  [[ -z $TRAINING_PRETRAINED || -f $TRAINING_PRETRAINED ]] || refuse "TRAINING_PRETRAINED is '$TRAINING_PRETRAINED': no such file"
+  whole 1 - AVERAGE
+  [[ -z $SNAPSHOT_STEPS ]] || whole 1 - SNAPSHOT_STEPS
+  [[ -z $JOINT_FROM ]] || matching '[^/[:cntrl:]]+' 'a timestamp, or _ for none' JOINT_FROM
   matching '[0-9]{0,19}' 'a whole number' SEED
   matching 'auto|affine|published' 'auto, affine or published' LABEL_ORIENTATION
   number - - LOW_RANGE HIGH_RANGE
@@ -100,7 +107,7 @@ check_settings() {
   matching '1|3' '1 or 3' SLICE_THICKNESS
   whole 1 - PRETRAINING_EPOCHS TRAINING_SAMPLE_BATCH LR_DECAY_EPOCH_J_STEP FINE_ITERATIONS
   whole 3 - PRETRAINING_WIDTH
-  rates PRETRAINING_LEARNING_RATE LEARNING_RATE1 LEARNING_RATE_M1
+  rates PRETRAINING_LEARNING_RATE LEARNING_RATE{1,_M1,2,_M2}
   whole 0 - TRAINING_MARGIN TRAINING_EPOCH_{S,I,J} MAX_ROUNDS
   number 0 1 TRAINING_PROB {COARSE,ORACLE,FINE}_FUSION_THRESHOLD
   [[ -z $STOP_DSC ]] || number 0 1 STOP_DSC
@@ -121,7 +128,7 @@ pretrained() {  # does models/pretrained hold an FCN-8s for $fold and $organ?
 check_pretrained() {  # a later fold must not fail after days because it has no FCN-8s to start from
   local fold organ stamp=_$TRAINING_TIMESTAMP
   [[ ${#TRAINING_TIMESTAMP} == 15 ]] || stamp=
-  [[ $ENABLE_TRAINING$ENABLE_PRETRAINING$LAZY_MODE$DRY_RUN == 1000 ]] || return 0
+  [[ $ENABLE_TRAINING$ENABLE_PRETRAINING$LAZY_MODE$DRY_RUN == 1000 && -z $TRAINING_PRETRAINED$JOINT_FROM ]] || return 0
   for fold in $(folds); do
     for organ in $TRAINING_ORGAN_ID; do
       pretrained || exists "$DATA_PATH"/models/snapshots/*/FD"$fold:"?"${SLICE_THICKNESS}_$organ$stamp.ckpt" ||

@@ -37,6 +37,7 @@ source "$HERE/plumbing.sh"
 : "${DATA_PATH:=$HERE/data}"            # images/, labels/, and all that is made of them
 : "${RAW_PATH:=}"                       # raw scans to convert
 : "${PYTHON:=}"                         # the python of your own environment; empty: .venv is made beside run.sh
+: "${RECIPE:=published}"                # fast: better masks in less time, from a start made here (docs/training.md)
 : "${PRECISION:=fp32}"                  # bf16: faster on CPUs and GPUs that have it; DSCs differ in the third digit
 : "${SEED:=}"                           # a whole number makes pretraining and training repeatable
 
@@ -98,17 +99,25 @@ check_data() { script OrganSegRSTN/check_data.py "$DATA_PATH" "$ORGAN_NUMBER" "$
 : "${PRETRAINING_EPOCHS:=10}"
 : "${PRETRAINING_WIDTH:=64}"            # channels of the first layer; 64 in the paper
 : "${PRETRAINING_LEARNING_RATE:=2e-4}"
+: "${PRETRAINED:=}"                     # convert weights instead: vgg16 (downloaded), or a file
+: "${PRETRAINED_FURTHER:=0}"            # 1: then train them on the fold's slices, and start from that
 DATA=("$ORGAN_NUMBER" "$LOW_RANGE" "$HIGH_RANGE" "$SLICE_THRESHOLD" "$SLICE_THICKNESS")
 # pretrain.py: data_path current_fold organ_number low_range high_range slice_threshold
 #   slice_thickness organ_ID GPU_ID epochs
 pretraining() {
-  local gpu=${PLANE_GPUS:-$TRAINING_GPU}
+  local gpu=${PLANE_GPUS:-$TRAINING_GPU} converted=vgg16
+  [[ $PRETRAINED != *caffe* ]] || converted=caffe
+  local pretrain=(OrganSegRSTN/pretrain.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "${gpu%%[ ,]*}" "$PRETRAINING_EPOCHS")
   if [[ -n $LAZILY ]] && pretrained; then
     echo "fold $fold, organ $organ: models/pretrained holds an FCN-8s to start from"
-  else
-    script OrganSegRSTN/pretrain.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "${gpu%%[ ,]*}" \
-      "$PRETRAINING_EPOCHS" --width "$PRETRAINING_WIDTH" --learning_rate "$PRETRAINING_LEARNING_RATE" \
-      --crop_margin "$TRAINING_MARGIN" --resume --precision "$PRECISION" ${SEED:+--seed "$SEED"}
+    return
+  fi
+  [[ -z $PRETRAINED ]] || script "${pretrain[@]}" --convert "$PRETRAINED"
+  if [[ -z $PRETRAINED || $PRETRAINED_FURTHER == 1 ]]; then
+    script "${pretrain[@]}" --width "$PRETRAINING_WIDTH" --learning_rate "$PRETRAINING_LEARNING_RATE" \
+      --crop_margin "$TRAINING_MARGIN" --resume --precision "$PRECISION" ${SEED:+--seed "$SEED"} \
+      ${PRETRAINED:+--start "$DATA_PATH/models/pretrained/fcn8s_from_$converted.pth"}
+    [[ $RECIPE == fast ]] || echo '#### RECIPE=fast trains better masks in less time from this start (docs/training.md)'
   fi
 }
 
@@ -118,6 +127,8 @@ pretraining() {
 : "${TRAINING_GPU:=$CURRENT_GPU}"
 : "${LEARNING_RATE1:=1e-5}"             # coarse layers
 : "${LEARNING_RATE_M1:=10}"             # times LEARNING_RATE1: saliency and fine layers
+: "${LEARNING_RATE2:=1e-5}"             # the same of J where JOINT_FROM is set; else not used
+: "${LEARNING_RATE_M2:=10}"
 : "${TRAINING_MARGIN:=20}"              # pixels around the organ's box
 : "${TRAINING_PROB:=0.5}"               # probability of a random margin
 : "${TRAINING_SAMPLE_BATCH:=1}"         # draws whose mean is a random margin
@@ -126,6 +137,9 @@ pretraining() {
 : "${TRAINING_EPOCH_J:=8}"
 : "${LR_DECAY_EPOCH_J_STEP:=2}"         # epochs in J after which the rates halve
 : "${FINE_ITERATIONS:=1}"               # the paper's T: fine steps a sample in I and J
+: "${TRAINING_PRETRAINED:=}"            # FCN-8s or RSTN snapshot to start from; empty: by models/pretrained/
+: "${JOINT_FROM:=}"                     # train J only, from the snapshot of I with this timestamp (_ for none)
+: "${SNAPSHOT_STEPS:=}"                 # save a snapshot every so many steps of J, too
 OWN_TIMESTAMP=${TRAINING_TIMESTAMP:-}
 if [[ $ENABLE_TRAINING == 1 || $LAZY_MODE == 1 ]]; then
   : "${TRAINING_TIMESTAMP:=$(date +%Y%m%d_%H%M%S)}"
@@ -135,7 +149,6 @@ fi
 
 # of the published run.sh, accepted and not used (the epochs that it repeats for each test,
 # COARSE_TESTING_EPOCH_S ..., must be those of the training)
-: "${LEARNING_RATE2:=1e-5}" "${LEARNING_RATE_M2:=10}"
 : "${COARSE_TIMESTAMP2:=_}" "${COARSE_TIMESTAMP2_X:=_}" "${COARSE_TIMESTAMP2_Y:=_}" "${COARSE_TIMESTAMP2_Z:=_}"
 : "${ORACLE_TIMESTAMP2:=_}" "${ORACLE_TIMESTAMP2_X:=_}" "${ORACLE_TIMESTAMP2_Y:=_}" "${ORACLE_TIMESTAMP2_Z:=_}"
 : "${COARSE2FINE_TIMESTAMP2_X:=_}" "${COARSE2FINE_TIMESTAMP2_Y:=_}" "${COARSE2FINE_TIMESTAMP2_Z:=_}"
@@ -148,11 +161,14 @@ EPOCHS=("$TRAINING_EPOCH_S" "$TRAINING_EPOCH_I" "$TRAINING_EPOCH_J" "$LR_DECAY_E
 #   learning_rate_m2 crop_margin crop_prob crop_sample_batch epoch_S epoch_I epoch_J lr_decay_epoch
 #   timestamp
 training() {
-  local script=training.py
+  local script=training.py start=$TRAINING_PRETRAINED
+  [[ -n $start || $PRETRAINED_FURTHER != 1 ]] || start=$DATA_PATH/models/pretrained/fcn8s_FD${fold}_$organ.pth
   one_process "$gpu" || script=training_parallel.py
   script_on "$gpu" "OrganSegRSTN/$script" "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "$plane" "$gpu" \
     "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" "$TRAINING_TIMESTAMP" \
-    --resume --fine_iterations "$FINE_ITERATIONS" --precision "$PRECISION" ${SEED:+--seed "$SEED"}
+    --recipe "$RECIPE" --resume --fine_iterations "$FINE_ITERATIONS" --precision "$PRECISION" \
+    ${SEED:+--seed "$SEED"} ${start:+--pretrained "$start"} \
+    ${JOINT_FROM:+--joint_from "$JOINT_FROM"} ${SNAPSHOT_STEPS:+--snapshot_steps "$SNAPSHOT_STEPS"}
 }
 
 #### Coarse testing ################################################################################
@@ -160,6 +176,7 @@ training() {
 : "${COARSE_TESTING_PLANE:=$CURRENT_PLANE}"
 : "${COARSE_TESTING_GPU:=$CURRENT_GPU}"
 : "${COARSE_TIMESTAMP1:=$TRAINING_TIMESTAMP}"  # of the training to test
+: "${AVERAGE:=1}"                       # test the mean of the last so many snapshots, also below
 # coarse_testing.py: data_path current_fold organ_number low_range high_range slice_threshold
 #   slice_thickness organ_ID plane GPU_ID learning_rate1 learning_rate_m1 learning_rate2
 #   learning_rate_m2 crop_margin crop_prob crop_sample_batch epoch_S epoch_I epoch_J epoch_step
@@ -167,7 +184,7 @@ training() {
 coarse_testing() {
   script_on "$gpu" OrganSegRSTN/coarse_testing.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "$plane" "$gpu" \
     "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" "$COARSE_TIMESTAMP1" "$COARSE_TIMESTAMP2" \
-    --precision "$PRECISION" ${WRITE_NIFTI:+--nifti} ${OVERWRITE:+--overwrite}
+    --recipe "$RECIPE" --average "$AVERAGE" --precision "$PRECISION" ${WRITE_NIFTI:+--nifti} ${OVERWRITE:+--overwrite}
 }
 
 #### Coarse fusion #################################################################################
@@ -184,7 +201,7 @@ coarse_fusion() {
   script OrganSegRSTN/coarse_fusion.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "$CURRENT_GPU" \
     "${RATES[@]}" "${EPOCHS[@]}" "$COARSE_FUSION_THRESHOLD" \
     "$COARSE_TIMESTAMP1_X" "$COARSE_TIMESTAMP1_Y" "$COARSE_TIMESTAMP1_Z" \
-    ${WRITE_NIFTI:+--nifti} ${OVERWRITE:+--overwrite}
+    --recipe "$RECIPE" ${WRITE_NIFTI:+--nifti} ${OVERWRITE:+--overwrite}
 }
 
 #### Oracle testing ################################################################################
@@ -196,7 +213,7 @@ coarse_fusion() {
 oracle_testing() {
   script_on "$gpu" OrganSegRSTN/oracle_testing.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "$plane" "$gpu" \
     "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" "$ORACLE_TIMESTAMP1" "$ORACLE_TIMESTAMP2" \
-    --precision "$PRECISION" ${WRITE_NIFTI:+--nifti} ${OVERWRITE:+--overwrite}
+    --recipe "$RECIPE" --average "$AVERAGE" --precision "$PRECISION" ${WRITE_NIFTI:+--nifti} ${OVERWRITE:+--overwrite}
 }
 
 #### Oracle fusion #################################################################################
@@ -210,7 +227,7 @@ oracle_fusion() {
   script OrganSegRSTN/oracle_fusion.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "$CURRENT_GPU" \
     "${RATES[@]}" "${EPOCHS[@]}" "$ORACLE_FUSION_THRESHOLD" \
     "$ORACLE_TIMESTAMP1_X" "$ORACLE_TIMESTAMP1_Y" "$ORACLE_TIMESTAMP1_Z" \
-    ${WRITE_NIFTI:+--nifti} ${OVERWRITE:+--overwrite}
+    --recipe "$RECIPE" ${WRITE_NIFTI:+--nifti} ${OVERWRITE:+--overwrite}
 }
 
 #### Coarse-to-fine testing ########################################################################
@@ -234,13 +251,13 @@ MERGE=
 #   timestamp1_X timestamp1_Y timestamp1_Z [timestamp2_X timestamp2_Y timestamp2_Z]
 coarse2fine_testing() {
   script_on "$COARSE2FINE_TESTING_GPU" OrganSegRSTN/coarse2fine_testing.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" \
-    "${COARSE2FINE[@]}" --precision "$PRECISION" ${STOP_DSC:+--stop_DSC "$STOP_DSC"} \
+    "${COARSE2FINE[@]}" --recipe "$RECIPE" --average "$AVERAGE" --precision "$PRECISION" ${STOP_DSC:+--stop_DSC "$STOP_DSC"} \
     ${WRITE_NIFTI:+--nifti} ${MERGE:+--probability} ${OVERWRITE:+--overwrite}
 }
 # merge_organs.py: as coarse2fine_testing.py, but all organs in the place of organ_ID
 merge_organs() {
   script OrganSegRSTN/merge_organs.py "$DATA_PATH" "$fold" "${DATA[@]}" "$COARSE2FINE_TESTING_ORGAN_ID" \
-    "${COARSE2FINE[@]}" ${OVERWRITE:+--overwrite}
+    "${COARSE2FINE[@]}" --recipe "$RECIPE" ${OVERWRITE:+--overwrite}
 }
 
 #### Report ########################################################################################

@@ -548,3 +548,36 @@ def test_a_stopped_training_of_run_shs_own_timestamp_says_how_to_go_on(lazy, dat
     assert f'to go on where it stopped: TRAINING_TIMESTAMP={stamp} before the same command' in err
     done = run_sh(**flags, TRAINING_TIMESTAMP=stamp)
     assert done.returncode == 0 and f'resumed from: {checkpoint}' in done.stdout
+
+
+def test_weights_from_outside_recipe_steps_and_averages_reach_the_scripts(tmp_path):
+    flags = {
+        'DRY_RUN': 1, 'DATA_PATH': tmp_path, 'CURRENT_PLANE': 'Z', 'ENABLE_PRETRAINING': 1, 'ENABLE_TRAINING': 1,
+        'ENABLE_COARSE_TESTING': 1, 'ENABLE_COARSE2FINE_TESTING': 1, 'RECIPE': 'fast', 'PRETRAINED': 'vgg16',
+        'PRETRAINED_FURTHER': 1, 'SNAPSHOT_STEPS': 500, 'AVERAGE': 3, 'JOINT_FROM': '_', 'LEARNING_RATE2': '1e-6',
+    }  # fmt: skip
+    done = run_sh(**flags)
+    assert done.returncode == 0, done.stderr
+    found = [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith('#')]
+    convert, further, training, coarse, coarse2fine = (' '.join(words) for words in found)
+    folder = tmp_path / 'models/pretrained'
+    assert convert.endswith('--convert vgg16') and further.endswith(f'--start {folder}/fcn8s_from_vgg16.pth')
+    for words in (
+        '--recipe fast',
+        f'--pretrained {folder}/fcn8s_FD0_1.pth',
+        '--joint_from _',
+        '--snapshot_steps 500',
+        ' 1e-6 ',
+    ):
+        assert words in training
+    for line in (coarse, coarse2fine):
+        assert '--recipe fast --average 3' in line
+
+
+def test_lazy_mode_with_the_published_recipe_names_the_fast_one(tmp_path):
+    (tmp_path / 'images').mkdir()
+    (tmp_path / 'images/a.npy').touch()
+    line = 'RECIPE=fast trains better masks in less time from this start'
+    for recipe, said in (('published', 1), ('fast', 0)):
+        done = run_sh(DRY_RUN=1, LAZY_MODE=1, DATA_PATH=tmp_path, RECIPE=recipe)
+        assert done.stdout.count(line) == said
