@@ -179,6 +179,7 @@ def test_without_torchrun_it_says_what_to_type(pretrained, call):
 def four_gpus(monkeypatch):
     """A machine with four CUDA devices; -> the list of those chosen."""
     chosen = []
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'GPU')
@@ -192,6 +193,7 @@ def test_of_several_GPUs_each_process_takes_its_own(four_gpus, monkeypatch, caps
     device = pick_device(GPU_ID)
     assert device == torch.device('cuda', index)
     assert four_gpus == [device]
+    assert not torch.backends.cudnn.allow_tf32, 'float32 is float32'
     assert capsys.readouterr().out == f'device: cuda:{index}, GPU\n'
 
 
