@@ -185,7 +185,7 @@ def test_training_arrays_are_taken_to_lie_as_NIHs_unless_something_tells(tmp_pat
     assert orientation_of(None, tmp_path / 'other/place/SIJ_training_1e-5x10,20/FD0:XJ3_1.pkl', capsys)[0] == 'PLI'
     assert orientation_of(None, predict.Path('/x.pkl'), capsys)[0] == 'PLI'
     with pytest.raises(FileNotFoundError, match='no such geometry'):
-        predict.training_orientation(str(tmp_path / 'none.json'), snapshot)
+        predict.training_orientation(str(tmp_path / 'none.json'), predict.Training(4, 3), snapshot)
 
 
 def test_networks_of_another_orientation_see_the_scan_their_way(canonical, snapshots, tmp_path):
