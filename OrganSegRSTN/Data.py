@@ -35,8 +35,10 @@ class DataLayer(Dataset):
         self.slices = read_slices(path)
         if any(len(record.organs) < organ_ID for record in self.slices):
             raise ValueError(f'{path}: holds no organ {organ_ID}; run init.py with organ_number {organ_number}')
-        training = {case.number for case in read_cases(data_path, 'training', current_fold)}
+        cases = read_cases(data_path, 'training', current_fold)
+        training = {case.number for case in cases}
         self.check_end(path, training)
+        self.check_numbers(path, cases)
         pixels = [record.organs[organ_ID - 1][0] for record in self.slices]
         bar = slice_bar(pixels, slice_threshold)
         self.active = [i for i, record in enumerate(self.slices) if pixels[i] >= bar and record.case in training]
@@ -54,6 +56,16 @@ class DataLayer(Dataset):
             raise ValueError(
                 f'{path}: ends with slice {last.index} of case {last.case}, but there are more; run init.py again'
             )
+
+    def check_numbers(self, path, cases):
+        """Raise ValueError where a case has another number in the list of the fold than in that of the slices."""
+        names = {record.case: Path(record.image_file).parent.name for record in self.slices}
+        for case in cases:
+            if names[case.number] != Path(case.image_file).stem:
+                raise ValueError(
+                    f'{path}: case {case.number} is {names[case.number]}, but {case.image_file} in the list of the '
+                    'fold; correct its number there, or run init.py again'
+                )
 
     def __len__(self):
         return len(self.active)
@@ -115,24 +127,45 @@ def slice_bar(pixels, slice_threshold):
     return max(sorted(pixels)[-last], 1)
 
 
-def training_facts(args, **facts):
-    """Return what weights trained with these arguments say of their training (see running.weights.FACTS)."""
+def training_facts(args, origin, **facts):
+    """Return the facts to store with weights that are trained with these arguments (see running.weights.FACTS).
+
+    origin: the facts of the weights that the training starts from.
+    """
     cases = read_cases(args.data_path, 'training', args.current_fold)
-    geometries = [load_geometry(geometry_file(args.data_path, Path(case.image_file).stem)) for case in cases]
+    seen = dict.fromkeys([*image_checksums(args, cases), *origin.get('cases', ())])
+    return (
+        facts
+        | geometry_facts(args.data_path, cases)
+        | {
+            'organ_ID': args.organ_ID,
+            'slice_thickness': args.slice_thickness,
+            'crop_margin': args.crop_margin,
+            'intensity_window': [args.low_range, args.high_range],
+            'cases': list(seen),
+            'revision': revision(),
+        }
+    )
+
+
+def geometry_facts(data_path, cases):
+    """Return orientation (axis codes) and spacing (mm) of most of these cases, as far as geometry/ says."""
+    geometries = [load_geometry(geometry_file(data_path, Path(case.image_file).stem)) for case in cases]
     codes = Counter(filter(None, map(axis_codes, geometries)))
     spacings = [geometry.spacing for geometry in geometries if known(geometry)]
-    if codes:
-        facts['orientation'] = codes.most_common(1)[0][0]
-    if spacings:
-        facts['spacing'] = np.median(spacings, axis=0).tolist()
-    return facts | {
-        'organ_ID': args.organ_ID,
-        'slice_thickness': args.slice_thickness,
-        'crop_margin': args.crop_margin,
-        'intensity_window': [args.low_range, args.high_range],
-        'cases': image_checksums(args, cases),
-        'revision': revision(),
-    }
+    facts = {'orientation': codes.most_common(1)[0][0]} if codes else {}
+    return facts | ({'spacing': np.median(spacings, axis=0).tolist()} if spacings else {})
+
+
+def refuse_seen_cases(args, path, origin):
+    """Raise ValueError where weights, by their facts, have seen a test case of this fold."""
+    seen = {case.split()[-1] for case in origin.get('cases', ())}
+    for case in image_checksums(args, read_cases(args.data_path, 'testing', args.current_fold)):
+        file, digest = case.split()
+        if digest in seen:
+            raise ValueError(
+                f'{path}: was trained on {file}, a test case of fold {args.current_fold}; run pretrain.py for this fold'
+            )
 
 
 def image_checksums(args, cases):

@@ -13,7 +13,7 @@ import numpy as np
 from running import arguments, processes, script
 from running.data_folder import PLANES, epoch_name, find_snapshots, read_cases, results_folder
 from running.files import load_volume, save_volume
-from running.results import Results, prepare_folder, start
+from running.results import Results, check_folder, prepare_folder, start
 from scans.nifti import export
 from utils import DSC_computation
 from volumes.rounds import (
@@ -34,12 +34,12 @@ def main():
     processes.quiet()
     device, provenance = start(args)
     snapshots = find_snapshots(args)
+    tested = read_cases(args.data_path, 'testing', args.current_fold)
     coarse, fine = (
-        [plane_tester(args, plane, snapshot, TEST, device) for plane, snapshot in zip(PLANES, snapshots)]
+        [plane_tester(args, plane, snapshot, TEST, device, tested) for plane, snapshot in zip(PLANES, snapshots)]
         for TEST in 'CF'
     )
     folder, coarse_folders = rounds_folder(args), [results_folder(args, 'coarse', snapshot) for snapshot in snapshots]
-    tested = read_cases(args.data_path, 'testing', args.current_fold)
     last = 'P' if args.probability else 0
     require_snapshots(fine, [round_file(folder, last, number) for number in range(1, len(tested) + 1)])
 
@@ -52,10 +52,7 @@ def main():
 
     with first_alone(folder, *coarse_folders):
         if processes.rank() == 0:
-            settings = run_settings(args, tested, snapshots) | {'stop_DSC': args.stop_DSC or 'none'}
-            prepare_folder(folder, settings, provenance, args.overwrite)
-            for path, snapshot in zip(coarse_folders, snapshots):
-                prepare_folder(path, run_settings(args, tested, [snapshot]), provenance)
+            prepare_folders(args, tested, snapshots, folder, coarse_folders, provenance)
         if not share_out(tested, masks_and_label):
             return
         cases = []
@@ -67,6 +64,18 @@ def main():
                 export(args, round_file(folder, len(masks) - 1, number), masks[-1], case)
                 cases.append(report_rounds(results, number, case, label, masks))
             report_averages(results, cases, args.max_rounds)
+
+
+def prepare_folders(args, tested, snapshots, folder, coarse_folders, provenance):
+    """Prepare the result folder, and those of coarse testing as far as volumes are missing there."""
+    coarse = {path: run_settings(args, tested, [name]) for path, name in zip(coarse_folders, snapshots)}
+    for path, settings in coarse.items():
+        check_folder(path, settings, 'coarse_testing.py --overwrite')
+    stop_DSC = 'none' if args.stop_DSC is None else args.stop_DSC
+    prepare_folder(folder, run_settings(args, tested, snapshots) | {'stop_DSC': stop_DSC}, provenance, args.overwrite)
+    for path, settings in coarse.items():
+        if len(list(path.glob(f'volumes/{epoch_name(args)}_*.npz'))) < len(tested):
+            prepare_folder(path, settings, provenance)
 
 
 def parse():

@@ -15,7 +15,7 @@ import numpy as np
 from running import arguments, script
 from running.data_folder import PLANES, read_cases, snapshot_name, training_settings
 from running.files import load_volume
-from running.results import Results, lock_folders, prepare_folder, read_settings, start_without_network
+from running.results import Results, check_cases, lock_folders, prepare_folder, read_settings, start_without_network
 from scans.nifti import write_on_scan
 from utils import DSC_computation
 from volumes.rounds import finished, folder_name, round_file, rounds_folder, stored_rounds
@@ -29,6 +29,8 @@ def main():
     cases = read_cases(args.data_path, 'testing', args.current_fold)
     folder = merged_folder(args)
     values = {organ: [] for organ in tested}
+    for organ in tested.values():
+        check_cases(organ.folder, args.data_path, cases)
     with lock_folders(folder), Results(folder, 'merged') as results:
         prepare_folder(folder, settings, provenance, args.overwrite)
         results(f'Merging organs {", ".join(map(str, tested))}:')

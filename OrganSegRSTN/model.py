@@ -122,8 +122,6 @@ class RSTN(nn.Module):
     TEST 'C', 'O' or 'F' tests: forward -> one probability. All are (N, n_class, A, B); image is (N, 3, A, B).
     """
 
-    facts = {}  # of its training, see running.weights.FACTS
-
     def __init__(
         self, crop_margin=20, crop_prob=0.5, crop_sample_batch=1, n_class=3, TEST=None, width=64, fine_iterations=1
     ):
@@ -276,13 +274,14 @@ def set_precision(model, precision, store=False):
                         layer.to(net.dtype)
 
 
-def load_RSTN(path, TEST, thickness, crop_margin, device, precision='fp32', **facts):
+def load_RSTN(path, TEST, thickness, crop_margin, device, precision='fp32', facts=None):
     """Return the RSTN of a snapshot, ready for testing: only the networks that TEST uses, of the snapshot's width.
 
-    facts: what the training must agree with, see running.weights.FACTS.
+    facts: what the training must agree with, see running.weights.FACTS; None: whatever it was.
     """
     state = load_weights(path)
-    check_facts(path, description(state), facts | {'slice_thickness': thickness, 'crop_margin': crop_margin})
+    if facts is not None:
+        check_facts(path, description(state), facts)
     if 'coarse_model.conv1_1.weight' not in state or 'saliency1.weight' not in state:
         raise ValueError(f'{path}: not an RSTN snapshot: coarse_model.conv1_1.weight or saliency1.weight is missing')
     width, n_class = len(state['coarse_model.conv1_1.weight']), len(state['saliency1.weight'])
@@ -294,7 +293,7 @@ def load_RSTN(path, TEST, thickness, crop_margin, device, precision='fp32', **fa
         delattr(net, unused)
     used = net.state_dict()
     check_shapes(path, state, used)
-    if lost := [key for key in state if not torch.isfinite(state[key].sum())]:
+    if lost := [key for key in state if not torch.isfinite(state[key].sum(dtype=torch.float64))]:
         raise ValueError(f'{path}: {lost[0]} is not finite: the training diverged, or the file is damaged')
     net.load_state_dict({key: state[key].float() for key in used}, assign=True)
     set_precision(net, precision, store=True)

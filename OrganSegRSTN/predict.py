@@ -28,7 +28,7 @@ import numpy as np
 from running import arguments, script
 from running.data_folder import PLANES
 from running.results import start
-from running.weights import description, load_weights
+from running.weights import description, load_weights, warn_of_spacing
 from scans.dicom import is_slice, modality, read_series, series_folders
 from scans.geometry import PUBLISHED, axis_codes, known, load_geometry
 from scans.nifti import affine_header, grid_header, is_nifti_name, read_nifti_image, write_nifti
@@ -38,7 +38,6 @@ from volumes.testing import PlaneSettings, PlaneTester, to_bytes
 
 NIH = 'PLI'
 STORED = 'stored'
-FAR_SPACING = 1.5  # times the training's
 SNAPSHOT = re.compile(r'FD\d+.(?P<plane>[XYZ])(?P<mode>[SIJ])[13]_(?P<organ>\d+)(_\d{8}_\d{6})?\.pkl')
 
 
@@ -54,7 +53,8 @@ def main():
     for doubt in intensity_doubts(scan.image, *settings.intensity_window):
         print(f'warning: {doubt}')
     there, back = turns(scan.geometry, codes)
-    warn_of_spacing(scan.geometry, there, training.spacing)
+    if known(scan.geometry):
+        warn_of_spacing(scan.geometry.spacing[np.argsort(there[:, 0])], training.spacing)
     image, scan = np.ascontiguousarray(axes.apply_orientation(scan.image, there)), scan._replace(image=None)
     mask, probability = segment(image, snapshots, settings, args.rounds, args.stop_DSC, args.threshold)
     print_volume(mask, scan.geometry)
@@ -260,16 +260,6 @@ def folder_orientation(snapshot):
     found = Counter(axis_codes(load_geometry(file)) or STORED for file in files)
     codes, count = found.most_common(1)[0]
     return codes, f'as {count} of {len(files)} cases in {folder}'
-
-
-def warn_of_spacing(geometry, there, trained):
-    """Print a warning where the voxels of a scan, turned by `there`, are not about as large as in training."""
-    if known(geometry) and trained:
-        order = np.argsort(there[:, 0])  # the scan's axis that becomes axis 0, 1, 2
-        ours = geometry.spacing[order]
-        if max((ours / trained).max(), (trained / ours).max()) > FAR_SPACING:
-            text, usual = (' x '.join(f'{size:.3g}' for size in sizes) for sizes in (ours, trained))
-            print(f'warning: voxels of {text} mm, but the networks were trained on {usual} mm')
 
 
 def turns(geometry, codes):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import ConcatDataset
 
-from Data import load_slices, neighbours, training_facts, varied
+from Data import load_slices, neighbours, refuse_seen_cases, training_facts, varied
 from model import FCN8s, bounding_box, crop, set_precision, set_rates, smooth_dice
 from running import arguments, script
 from running.checkpoint import Run, list_checksums, seed_everything
@@ -20,7 +20,7 @@ from running.data_folder import PLANES, pretrained_folder, pretrained_name
 from running.downloads import fetch_vgg16
 from running.files import atomic_write, locked
 from running.results import start
-from running.weights import check_shapes, describe, load_weights
+from running.weights import check_shapes, describe, description, load_weights
 
 POSITIONALS = [*arguments.TRAINING[:8], 'GPU_ID', 'epochs']
 VGG16_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # their places in torchvision's `features`
@@ -134,7 +134,7 @@ def pretrain(args, run, device):
     seed_everything(args.seed)
     others = neighbours(load_slices(args, 'Z'), OTHERS)
     active = ConcatDataset([load_slices(args, plane, others) for plane in PLANES])
-    facts = training_facts(args)
+    facts = starting_facts(args)
     args.slice_threshold = 0  # all slices
     whole = ConcatDataset([load_slices(args, plane, others) for plane in PLANES])
     state = run.load() if args.resume else None
@@ -147,6 +147,13 @@ def pretrain(args, run, device):
         run.begin_again()
         state = None
     return describe(own_classes(model.state_dict(), args.slice_thickness), **facts)
+
+
+def starting_facts(args):
+    """Return the facts to store with the weights; refuse a --start that has seen a test case of the fold."""
+    origin = {} if args.start is None else description(load_weights(args.start))
+    refuse_seen_cases(args, args.start, origin)
+    return training_facts(args, origin)
 
 
 def learn(args, run, state, attempt, active, whole, device):

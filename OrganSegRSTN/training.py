@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from Data import image_checksums, load_slices, training_facts, varied
+from Data import load_slices, refuse_seen_cases, training_facts, varied
 from model import RSTN, DiceEntropyLoss, DSC_loss, FCN8s, get_parameters, set_precision, set_rates
 from running import arguments, processes, script
 from running.checkpoint import Run, list_checksums, seed_everything
-from running.data_folder import GOOD_LOSS, MODES, find_pretrained, read_cases, snapshot_folder, snapshot_name
+from running.data_folder import GOOD_LOSS, MODES, find_pretrained, snapshot_folder, snapshot_name, step_snapshots
 from running.files import atomic_write, locked
 from running.results import start
-from running.weights import check_shapes, describe, description, load_weights
+from running.weights import check_shapes, describe, description, load_weights, missing_weights
 
 
 def main(wrap=lambda model, device: model):
@@ -31,10 +31,12 @@ def main(wrap=lambda model, device: model):
     with lock(args):
         state = run.load() if args.resume else None
         if state and state['finished']:
-            if all(snapshot_path(args, mode).exists() for mode in modes(args)):
+            if snapshot_path(args, 'J').exists():
                 print(f'finished before: {run.path}')
                 return
             state = None
+        if state is None and not starting_path(args).exists():
+            raise missing_weights(starting_path(args))
         with run.logged(log_path(args), state):
             device, _ = start(args)
             with processes.process_group(device, hours=0.5):
@@ -54,7 +56,13 @@ def parse():
     parser.add_argument('--snapshot_steps', type=arguments.whole(1), metavar='N',
                         help='in mode J, save a snapshot every N steps, too')  # fmt: skip
     arguments.add_training(parser)
-    return arguments.parse(parser)
+    args = arguments.parse(parser)
+    for name in ('learning_rate2', 'learning_rate_m2') if args.joint_from is not None else ():
+        try:
+            arguments.rate(getattr(args, name))
+        except (ValueError, arguments.argparse.ArgumentTypeError):
+            parser.error(f'argument {name}: {getattr(args, name)!r} is not a positive number')
+    return args
 
 
 def train(args, run, state, device, wrap):
@@ -65,12 +73,12 @@ def train(args, run, state, device, wrap):
         raise ValueError(f'{len(slices)} slices to train on are too few for {processes.world_size()} processes')
     if state:
         model = new_model(args, width=len(state['parts']['model']['coarse_model.conv1_1.weight']))
+        run.facts = state['facts']
     else:
-        run.path.unlink(missing_ok=True)  # of the training that this one replaces
         print(f'{args.current_fold}{args.plane} {len(slices) // processes.world_size()}', flush=True)
-        model = starting_model(args)
-        if args.joint_from is None:
-            save_untrained(args, '', model)
+        model, run.facts = starting_model(args)
+        remove_former(args, run)
+        save_untrained(args, run, '', model)
     model = model.to(device).train()
     set_precision(model, args.precision)
     recipe = Fast(args, slices) if args.recipe == 'fast' else Published()
@@ -86,7 +94,7 @@ def train(args, run, state, device, wrap):
     except script.Terminated:
         raise
     except KeyboardInterrupt:
-        save_snapshot(args, mode, model)
+        save_snapshot(args, run, mode, model)
         print(f'{args.current_fold}{args.plane}{mode} interrupted: saved as it was, {snapshot_path(args, mode)}')
         raise
     run.save(finished=True)
@@ -134,25 +142,34 @@ def lock(args):
     return locked(path.with_name(f'.{path.stem}.lock'), f'.{snapshot_path(args, "*").stem}.*.part')
 
 
-def save_snapshot(args, mode, model, step=None):
+def remove_former(args, run):
+    """Remove checkpoint and step snapshots of the training that this one replaces (rank 0 only)."""
+    if processes.rank() == 0:
+        run.path.unlink(missing_ok=True)
+        for path in step_snapshots(args, snapshot_path(args, 'J').name):
+            path.unlink()
+
+
+def save_snapshot(args, run, mode, model, step=None):
     """Save the state dict after a mode, or after a step of it (rank 0 only)."""
     if processes.rank() == 0:
         with atomic_write(snapshot_path(args, mode, step)) as file:
-            torch.save(describe(model.state_dict(), **model.facts), file)
+            torch.save(describe(model.state_dict(), **run.facts), file)
 
 
-def save_step(args, run, mode, step):
-    """Save a snapshot where --snapshot_steps asks for one after this step of mode J."""
-    if mode == 'J' and args.snapshot_steps and step % args.snapshot_steps == 0:
-        save_snapshot(args, mode, run.parts['model'], step)
+def save_step(args, run, mode, step, last):
+    """Save a snapshot where --snapshot_steps asks for one after this step of mode J, but not after the last one."""
+    if mode == 'J' and args.snapshot_steps and step % args.snapshot_steps == 0 and step != last:
+        save_snapshot(args, run, mode, run.parts['model'], step)
 
 
-def save_untrained(args, mode, model):
+def save_untrained(args, run, mode, model):
     """Save the snapshots of the modes of 0 epochs that directly follow `mode` ('': the first ones)."""
-    for following in MODES[MODES.index(mode) + len(mode) :]:
+    trained = modes(args)
+    for following in trained[trained.index(mode) + len(mode) :]:
         if epochs(args, following):
             break
-        save_snapshot(args, following, model)
+        save_snapshot(args, run, following, model)
         print(f'{args.current_fold}{args.plane}{following} has 0 epochs: saved as it is', flush=True)
 
 
@@ -160,25 +177,27 @@ def save_untrained(args, mode, model):
 
 
 def new_model(args, width):
-    """Return an RSTN of these arguments, with the facts that its snapshots will hold."""
-    model = RSTN(args.crop_margin, args.crop_prob, args.crop_sample_batch, args.slice_thickness, None, width,
-                 args.fine_iterations)  # fmt: skip
-    model.facts = training_facts(args, plane=args.plane, recipe=args.recipe)
-    return model
+    """Return an RSTN of these arguments."""
+    return RSTN(args.crop_margin, args.crop_prob, args.crop_sample_batch, args.slice_thickness, None, width,
+                args.fine_iterations)  # fmt: skip
+
+
+def starting_path(args):
+    """Return the weights to start from: an FCN-8s, or an RSTN snapshot."""
+    if args.joint_from is None:
+        return find_pretrained(args)
+    return snapshot_folder(args) / snapshot_name(args, args.plane, 'I', args.joint_from)
 
 
 def starting_model(args):
-    """Return the RSTN to train: filled from an RSTN snapshot, or both networks from a pretrained FCN-8s."""
-    if args.joint_from is None:
-        path = find_pretrained(args)
-    else:
-        path = snapshot_folder(args) / snapshot_name(args, args.plane, 'I', args.joint_from)
+    """Return (RSTN to train, facts for its snapshots): filled from a snapshot, or both networks from an FCN-8s."""
+    path = starting_path(args)
     weights = load_weights(path)
     origin = description(weights)
     refuse_seen_cases(args, path, origin)
     model = from_RSTN(args, path, weights) if 'saliency1.weight' in weights else from_FCN8s(args, path, weights, origin)
-    print(f'{args.current_fold}{args.plane}{MODES[0]} load pre-trained FCN8s model successfully!', flush=True)
-    return model
+    print(f'{args.current_fold}{args.plane}{modes(args)[0]} load pre-trained FCN8s model successfully!', flush=True)
+    return model, training_facts(args, origin, plane=args.plane, recipe=args.recipe)
 
 
 def from_RSTN(args, path, weights):
@@ -220,16 +239,6 @@ def from_FCN8s(args, path, weights, origin):
     return model
 
 
-def refuse_seen_cases(args, path, origin):
-    """Raise ValueError where the pretrained network has seen a test case of this fold."""
-    tested = image_checksums(args, read_cases(args.data_path, 'testing', args.current_fold))
-    seen = [case.split()[0] for case in tested if case in origin.get('cases', ())]
-    if seen:
-        raise ValueError(
-            f'{path}: was trained on {seen[0]}, a test case of fold {args.current_fold}; run pretrain.py for this fold'
-        )
-
-
 # --- steps ---------------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +270,8 @@ def train_epoch(args, run, mode, epoch, model, optimizer, slices, device, recipe
         run.losses.add((coarse, fine, avg))
         if not math.isfinite(avg):
             raise ValueError(f'{name}, Iter[{index:05d}]: the loss is {avg}; start again with a lower learning rate')
-        save_step(args, run, mode, epoch * (len(slices) // processes.world_size()) + index + 1)
+        steps = len(slices) // processes.world_size()
+        save_step(args, run, mode, epoch * steps + index + 1, last=epochs(args, mode) * steps)
         print(f'{name}, Iter[{index:05d}], Coarse/Fine/Avg Loss {coarse:.4f}/{fine:.4f}/{avg:.4f}, '
                 f'Time Elapsed {run.losses.elapsed:.2f}s', flush=True)  # fmt: skip
 
@@ -274,10 +284,10 @@ def end_epoch(args, run, mode, epoch, model, optimizer, recipe):
             f'Time elapsed {run.losses.elapsed:.2f}s', flush=True)  # fmt: skip
     recipe.end_epoch(args, mode, epoch, optimizer)
     if epoch + 1 == epochs(args, mode):
-        save_snapshot(args, mode, model)
+        save_snapshot(args, run, mode, model)
         print(f'{name} {convergence(mode, avg)}')
         print(f'########## end of {name} training stage!', flush=True)
-        save_untrained(args, mode, model)
+        save_untrained(args, run, mode, model)
 
 
 def train_step(model, optimizer, mode, image, label, criterion=DSC_loss()):  # noqa: B008 # it has no state

@@ -22,7 +22,7 @@ from running.weights import check_archive
 FREE = {
     'recipe', 'data_path', 'GPU_ID', 'workers', 'resume', 'checkpoint_minutes', 'learning_rate2', 'learning_rate_m2', 'unused',
 }  # fmt: skip
-KEYS = {'settings', 'finished', 'log_bytes', 'epoch', 'order', 'position', 'losses', 'random', 'parts'}
+KEYS = {'settings', 'facts', 'finished', 'log_bytes', 'epoch', 'order', 'position', 'losses', 'random', 'parts'}
 
 
 class Losses:
@@ -59,9 +59,10 @@ class Run:
 
     def __init__(self, path, args, **settings):
         self.path, self.minutes, self.workers = path, args.checkpoint_minutes, args.workers
-        kept = {name: value for name, value in vars(args).items() if name not in FREE}
+        free = FREE if getattr(args, 'joint_from', None) is None else FREE - {'learning_rate2', 'learning_rate_m2'}
+        kept = {name: value for name, value in vars(args).items() if name not in free}
         self.settings = kept | {'processes': processes.world_size()} | settings
-        self.parts, self.log = {}, None
+        self.parts, self.facts, self.log = {}, {}, None  # facts: for the snapshots, see running.weights.describe
         self.saved = time.monotonic()
         self.epoch = 0  # finished epochs, of all modes
         self.signalled = lambda: None
@@ -82,14 +83,16 @@ class Run:
             yield
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with errors_naming(path), open(path, 'a', encoding='utf-8') as self.log:
+        with errors_naming(path):
+            self.log = open(path, 'ab', buffering=0)  # noqa: SIM115
             self.log.truncate(min(state['log_bytes'], path.stat().st_size) if state else 0)
-            with contextlib.redirect_stdout(_Both(sys.stdout, self.log)):
-                try:
-                    yield
-                except BaseException as error:
-                    self.log.write(f'ended by {type(error).__name__} {error}'.strip() + '\n')
-                    raise
+        output = _Both(sys.stdout, self.log, path)
+        with self.log, contextlib.redirect_stdout(output):
+            try:
+                yield
+            except BaseException as error:
+                output.log(f'ended by {type(error).__name__} {error}'.strip() + '\n')
+                raise
 
     # --- loops ---
 
@@ -180,6 +183,7 @@ class Run:
         if processes.rank() == 0:
             state = {
                 'settings': json.dumps(self.settings),
+                'facts': self.facts,
                 'finished': finished,
                 'log_bytes': self._log_bytes(),
                 'epoch': self.epoch,
@@ -194,25 +198,25 @@ class Run:
         self.saved = time.monotonic()
 
     def _log_bytes(self):
-        if self.log is None:
-            return 0
-        self.log.flush()
-        return os.fstat(self.log.fileno()).st_size
+        return 0 if self.log is None else os.fstat(self.log.fileno()).st_size
 
 
 class _Both:
-    """A file that writes to two files."""
+    """The standard output, whose text goes to the log at `path` as well."""
 
-    def __init__(self, *files):
-        self.files = files
+    def __init__(self, output, file, path):
+        self.output, self.file, self.path = output, file, path
 
     def write(self, text):
-        for file in self.files:
-            file.write(text)
+        self.output.write(text)
+        self.log(text)
+
+    def log(self, text):
+        with errors_naming(self.path):
+            self.file.write(text.encode(errors='backslashreplace'))
 
     def flush(self):
-        for file in self.files:
-            file.flush()
+        self.output.flush()
 
 
 def seed_everything(seed):

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from running.files import LEFTOVERS, load_array, quoted, read_lines
+from running.files import LEFTOVERS, load_array, quoted, read_json, read_lines
 from utils import is_organ
 
 PLANES = 'XYZ'
+INIT_RECORD = 'init.json'  # what init.py made the lists of, and their sizes and checksums
 MODES = 'SIJ'  # separate, individual, joint (section 3.3)
 GOOD_LOSS = {'S': 0.3, 'I': 0.2, 'J': 0.15}  # mean Avg loss of a mode's last epoch that the published README asks for
 
@@ -139,9 +140,18 @@ def read_cases(data_path, kind, fold):
         raise ValueError(f'{path}: holds case {repeated[0]} twice')
     if shared := sorted(set(numbers) & set(others)):
         print_once(f'warning: {path}: case {shared[0]} trains and tests fold {fold}: its figures say little')
-    if sorted(numbers + others) != list(range(len(numbers + others))):
-        print_once(f'{path}: {len(cases)} cases; with {other.name} these are not all cases: taken as edited by hand')
+    if sorted(numbers + others) != list(range(len(numbers + others))) or edited(data_path, path):
+        print_once(f'{path}: {len(cases)} cases, as edited by hand')
     return cases
+
+
+def edited(data_path, path):
+    """Return whether a list is not as init.py wrote it, by the sizes in its record."""
+    try:
+        size, _ = read_json(Path(data_path, INIT_RECORD))['lists'][path.name]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return path.stat().st_size != size
 
 
 @functools.cache
@@ -253,18 +263,22 @@ def snapshot_name(args, plane, mode, timestamp, step=None):
     return f'FD{args.current_fold}:{plane}{mode}{args.slice_thickness}_{args.organ_ID}{stamp}.pkl'
 
 
+def step_snapshots(args, snapshot):
+    """Return the paths of the snapshots within mode J, `..._step00500.pkl`, beside that of its end, in order."""
+    name = snapshot.removesuffix('.pkl')
+    paths = snapshot_folder(args).glob(f'{glob.escape(name)}_step*.pkl')
+    return sorted(paths, key=lambda path: (len(path.name), path.name))
+
+
 def averaged_snapshots(args, snapshot):
-    """Return the paths of a snapshot and, with --average N, of the N - 1 newest ones that --snapshot_steps saved."""
-    folder = snapshot_folder(args)
-    steps = sorted(
-        folder.glob(f'{glob.escape(snapshot.removesuffix(".pkl"))}_step*.pkl'),
-        key=lambda path: (len(path.name), path.name),
-    )
+    """Return the paths of a snapshot and, with --average N, of the N - 1 last ones that --snapshot_steps saved."""
+    steps = step_snapshots(args, snapshot)
     if len(steps) < args.average - 1:
         raise ValueError(
-            f'{folder}: {len(steps)} snapshots {snapshot.removesuffix(".pkl")}_step*.pkl, too few for --average {args.average}'
+            f'{snapshot_folder(args) / snapshot}: {len(steps)} snapshots of steps beside it are too few for '
+            f'--average {args.average}'
         )
-    return [folder / snapshot, *steps[len(steps) - args.average + 1 :]]
+    return [snapshot_folder(args) / snapshot, *steps[len(steps) - args.average + 1 :]]
 
 
 def find_snapshot(args, plane, timestamp):
@@ -283,16 +297,20 @@ def find_snapshots(args):
 def _find_snapshots(args, asked):
     """Return the snapshot of each plane of {plane: timestamp}."""
     open_planes = [plane for plane, timestamp in asked.items() if len(timestamp) != 15]
+    given = {timestamp for timestamp in asked.values() if len(timestamp) == 15}
     stored = {plane: stored_timestamps(args, plane) for plane in open_planes}
     chosen = '_'
     if any(stored.values()):
-        shared = set.intersection(*filter(None, stored.values()))
+        shared = set.intersection(*filter(None, stored.values()), *([given] if given else []))
         if not shared:
             choice = '; '.join(f'{plane}: {", ".join(sorted(times))}' for plane, times in stored.items())
-            raise ValueError(f'{snapshot_folder(args)}: no training of all planes ({choice}); name the timestamps')
+            given = f' and {", ".join(sorted(given))}' if given else ''
+            raise ValueError(
+                f'{snapshot_folder(args)}: no training of all planes ({choice}{given}); name the timestamp of each plane'
+            )
         chosen = '_' if '_' in shared else max(shared)
         if chosen != '_':
-            print(f'{", ".join(open_planes)}: no snapshot without a timestamp; tests the newest training: {chosen}')
+            print(f'{", ".join(open_planes)}: no snapshot without a timestamp; tests the training {chosen}')
     return [snapshot_name(args, plane, 'J', chosen if plane in open_planes else time) for plane, time in asked.items()]
 
 

@@ -98,21 +98,14 @@ def prepare_folder(folder, settings, provenance, overwrite=False):
     run.json (the published pipeline's) are kept, with a line. overwrite: remove volumes of other
     settings, and their figures, instead of raising.
     """
-    path = folder / 'run.json'
-    volumes = list(folder.glob('volumes/*.npz')) + list(folder.glob('*.nii.gz'))
+    path, volumes = folder / 'run.json', stored_volumes(folder)
     settings = {name: value for name, value in settings.items() if value is not None}
     try:
+        check_folder(folder, settings)
         former = _read_run(path)
-        differing = [f'{name} was {former[name]}, is {value}' for name, value in settings.items()
-                     if former.get(name, value) != value]  # fmt: skip
-    except ValueError as error:
-        former, differing = {}, [str(error)]
-    if volumes and differing:
-        if not overwrite:
-            raise ValueError(
-                f'{folder}: its volumes were made with other settings ({"; ".join(differing)}); '
-                'give the former settings, or --overwrite (OVERWRITE=1 in run.sh) to make the volumes again'
-            )
+    except ValueError:
+        if volumes and not overwrite:
+            raise
         remove_results(folder, volumes)
         volumes, former = [], {}
     if volumes and not former:
@@ -122,6 +115,49 @@ def prepare_folder(folder, settings, provenance, overwrite=False):
     content = known | settings | {RUNS: [*runs, provenance]}
     if content != former:
         write_json(path, content)
+
+
+def check_folder(folder, settings, cure='--overwrite (OVERWRITE=1 in run.sh)'):
+    """Raise ValueError that names `cure` where the stored volumes of a folder were made with other settings."""
+    try:
+        former = _read_run(folder / 'run.json')
+        differing = [f'{name} was {former[name]}, is {value}' for name, value in settings.items()
+                     if None not in (value, former.get(name)) and former[name] != value]  # fmt: skip
+    except ValueError as error:
+        differing = [str(error)]
+    if differing and stored_volumes(folder):
+        more = f'; and {len(differing) - 5} more' if len(differing) > 5 else ''
+        raise ValueError(
+            f'{folder}: its volumes were made with other settings ({"; ".join(differing[:5])}{more}); '
+            f'give the former settings, or {cure} to make the volumes again'
+        )
+
+
+def stored_volumes(folder):
+    """Return the files of the predictions in a result folder."""
+    return list(folder.glob('volumes/*.npz')) + list(folder.glob('*.nii.gz'))
+
+
+def case_settings(data_path, cases, kinds=('image_file',)):
+    """Return {'case 1 image_file': name and SHA-256, ...} of the files of a testing list that a stage reads."""
+    checksum, settings = Checksums(data_path), {}
+    for number, case in enumerate(cases, 1):
+        for kind in kinds:
+            file = Path(data_path, getattr(case, kind))
+            digest = checksum(file)
+            settings[f'case {number} {kind}'] = digest and f'{file.name} {digest}'
+    checksum.save()
+    return settings
+
+
+def check_cases(folder, data_path, cases):
+    """Raise ValueError where a folder's volumes are not of these cases in this order, by its run.json."""
+    tested = read_settings(folder / 'run.json')
+    for name, value in case_settings(data_path, cases).items():
+        if None not in (value, tested.get(name)) and tested[name] != value:
+            raise ValueError(
+                f'{folder}: {name} was {tested[name]} when it was tested, is {value}; test it again, with --overwrite'
+            )
 
 
 def remove_results(folder, volumes):

@@ -73,6 +73,7 @@ FACTS = {
     'organ_ID': int, 'plane': str, 'slice_thickness': int, 'crop_margin': int, 'intensity_window': list, 'cases': list,
     'orientation': str, 'spacing': list, 'recipe': str, 'revision': str,
 }  # fmt: skip
+FAR_SPACING = 1.5  # times the voxels of the training
 
 
 def describe(state, **facts):
@@ -96,11 +97,25 @@ def description(weights):
 
 
 def check_facts(path, facts, expected):
-    """Raise ValueError where weights were trained with other values than these; None is unknown."""
+    """Raise ValueError where weights were trained with other values than `expected`; warn of another voxel size.
+
+    For published weights, which hold no facts, print what is assumed.
+    """
+    if not facts:
+        print(f'{path}: does not say how it was trained; assumes ' + ', '.join(f'{k} {v}' for k, v in expected.items()))
     for name, value in expected.items():
-        known = facts.get(name)
-        if None not in (value, known) and known != (list(value) if isinstance(value, tuple) else value):
-            raise ValueError(f'{path}: trained with {name} {known}, not {value}')
+        if name == 'spacing':
+            warn_of_spacing(value, facts.get(name))
+        elif facts.get(name, value) != value:
+            raise ValueError(f'{path}: trained with {name} {facts[name]}, not {value}')
+
+
+def warn_of_spacing(ours, trained):
+    """Print a warning where voxels (mm along each axis) are not about as large as in training."""
+    ratios = [max(one / other, other / one) for one, other in zip(ours, trained or ours)]
+    if max(ratios) > FAR_SPACING:
+        text, usual = (' x '.join(f'{size:.3g}' for size in sizes) for sizes in (ours, trained))
+        print(f'warning: voxels of {text} mm, but the networks were trained on {usual} mm')
 
 
 # --- before loading ------------------------------------------------------------------------------------------------

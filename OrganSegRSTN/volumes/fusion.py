@@ -6,7 +6,7 @@ from running import arguments
 from running.data_folder import PLANES, epoch_name, find_snapshots, read_cases, results_folder, without_fold
 from running.files import load_volume, save_volume
 from running.processes import rank
-from running.results import Results, lock_folders, prepare_folder, read_settings, start_without_network
+from running.results import Results, check_cases, lock_folders, prepare_folder, read_settings, start_without_network
 from scans.nifti import export
 from utils import DSC_computation, post_processing
 
@@ -34,6 +34,8 @@ def fuse(args, stage):
     cases = read_cases(args.data_path, 'testing', args.current_fold)
     values = {fusion: [] for fusion in FUSIONS}
     with lock_folders(folder), Results(folder, f'{stage}_fusion') as results:
+        for source in sources:
+            check_cases(source, args.data_path, cases)
         prepare_folder(folder, fusion_settings(sources), provenance, args.overwrite)
         results('Fusing results of 1 snapshots:')
         for number, case in enumerate(cases, 1):

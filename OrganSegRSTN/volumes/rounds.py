@@ -78,6 +78,6 @@ def stored_rounds(folder, number, shape, args):
 
 def finished(masks, args):
     """Return whether these are all rounds of a case: max_rounds, or up to two that agree by --stop_DSC."""
-    if args.stop_DSC and len(masks) > 1 and agreement(masks[-2], masks[-1]).value >= args.stop_DSC:
+    if args.stop_DSC is not None and len(masks) > 1 and agreement(masks[-2], masks[-1]).value >= args.stop_DSC:
         return True
     return len(masks) == args.max_rounds + 1

@@ -2,13 +2,13 @@
 
 import contextlib
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from Data import geometry_facts
 from model import load_RSTN
 from running import arguments, processes
 from running.data_folder import (
@@ -19,7 +19,7 @@ from running.data_folder import (
     results_folder,
 )
 from running.files import load_volume, save_volume
-from running.results import Checksums, Results, lock_folders, prepare_folder, start
+from running.results import Checksums, Results, case_settings, lock_folders, prepare_folder, start
 from running.weights import missing_weights
 from scans.nifti import export
 from utils import DSC_computation, to_unit
@@ -36,18 +36,18 @@ class PlaneSettings(NamedTuple):
     margin: int  # pixels around the box
     device: torch.device
     precision: str
-    organ_ID: int | None = None  # None: not known
 
 
 class PlaneTester:
     """The networks of one plane's snapshots (paths), whose mean is the prediction; each is loaded when it is needed.
 
-    TEST: 'C', 'O' or 'F' as in RSTN. A single network stays in memory between volumes.
+    TEST: 'C', 'O' or 'F' as in RSTN; facts: what the training must agree with, see load_RSTN.
+    A single network stays in memory between volumes.
     """
 
-    def __init__(self, plane, paths, TEST, settings):
+    def __init__(self, plane, paths, TEST, settings, facts=None):
         self.plane, self.paths, self.TEST, self.settings = plane, paths, TEST, settings
-        self.net = None
+        self.facts, self.net = facts, None
 
     def predict(self, image, **volumes):
         """Return the probability (W, H, L) float32 of the organ in `image` (W, H, L) HU; see predict_volume."""
@@ -60,11 +60,8 @@ class PlaneTester:
         """Return the network of a snapshot."""
         if self.net is None or len(self.paths) > 1:
             print(f'{self.plane}: snapshot {path}', flush=True)
-            window, thickness, margin, device, precision, organ_ID = self.settings
-            facts = {}  # predict.py, which knows no organ, has checked its snapshots
-            if organ_ID is not None:
-                facts = {'plane': self.plane, 'organ_ID': organ_ID, 'intensity_window': window}
-            self.net = load_RSTN(path, self.TEST, thickness, margin, device, precision, **facts)
+            _, thickness, margin, device, precision = self.settings
+            self.net = load_RSTN(path, self.TEST, thickness, margin, device, precision, self.facts)
         return self.net
 
     def release(self):
@@ -120,11 +117,18 @@ def parse(doc):
     return arguments.parse(parser)
 
 
-def plane_tester(args, plane, snapshot, TEST, device):
-    """Return the PlaneTester of a snapshot's name and a stage's arguments."""
+def plane_tester(args, plane, snapshot, TEST, device, cases):
+    """Return the PlaneTester of a snapshot's name for the test cases of a stage."""
     window = (args.low_range, args.high_range)
-    settings = PlaneSettings(window, args.slice_thickness, args.crop_margin, device, args.precision, args.organ_ID)
-    return PlaneTester(plane, averaged_snapshots(args, snapshot), TEST, settings)
+    settings = PlaneSettings(window, args.slice_thickness, args.crop_margin, device, args.precision)
+    facts = {
+        'plane': plane,
+        'organ_ID': args.organ_ID,
+        'intensity_window': list(window),
+        'crop_margin': args.crop_margin,
+    }
+    facts |= geometry_facts(args.data_path, cases)
+    return PlaneTester(plane, averaged_snapshots(args, snapshot), TEST, settings, facts)
 
 
 def evaluate_plane(args, stage, TEST):
@@ -134,7 +138,7 @@ def evaluate_plane(args, stage, TEST):
     snapshot = find_snapshot(args, args.plane, args.timestamp1)
     folder = results_folder(args, stage, snapshot)
     cases = read_cases(args.data_path, 'testing', args.current_fold)
-    tester = plane_tester(args, args.plane, snapshot, TEST, device)
+    tester = plane_tester(args, args.plane, snapshot, TEST, device, cases)
     epoch = epoch_name(args)
     files = {number: folder / 'volumes' / f'{epoch}_{number}.npz' for number in range(1, len(cases) + 1)}
 
@@ -181,16 +185,11 @@ def run_settings(args, cases, snapshots, kinds=('image_file',)):
     cases: the fold's testing list; kinds: the files of a case that the stage reads.
     """
     checksum = Checksums(args.data_path)
-    settings = {'window': [args.low_range, args.high_range], 'precision': args.precision}
+    settings = {'window': [args.low_range, args.high_range], 'precision': args.precision, 'average': args.average}
     paths = [path for snapshot in snapshots for path in averaged_snapshots(args, snapshot)]
-    settings |= {f'snapshot {path.name}': checksum(path) for path in paths} | {'average': args.average}
-    for number, case in enumerate(cases, 1):
-        for kind in kinds:
-            file = getattr(case, kind)
-            digest = checksum(Path(args.data_path, file))
-            settings[f'case {number} {kind}'] = digest and f'{file} {digest}'
+    settings |= {f'snapshot {path.name}': checksum(path) for path in paths}
     checksum.save()
-    return settings
+    return settings | case_settings(args.data_path, cases, kinds)
 
 
 def require_snapshots(testers, volumes):
