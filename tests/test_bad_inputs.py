@@ -219,7 +219,7 @@ SLICES = {
     'a count of 5000 digits': (b'2 0 a b 0.5 ' + b'9' * 5000 + b' 0 1 0 1\n', 'is not a slice of a list'),
     'a slice of another case folder': (
         b''.join(b'%d 0 images_Z/none.npy labels_Z/none.npy 0.5 9 0 1 0 1\n' % case for case in range(4)),
-        'none.npy: no such file',
+        'case 2 is images_Z, but images/0003.npy in the list of the fold',
     ),
     'a slice too few': (
         b''.join(b'0 %d images_Z/a.npy labels_Z/a.npy 0.5 9 0 1 0 1\n' % j for j in (0, 2)),

@@ -146,7 +146,7 @@ def test_a_list_edited_by_hand_is_taken_as_it_is_with_a_line_that_counts_its_cas
     path.write_text(edit(f'{second}\n'))
     print_once.cache_clear()
     assert [str(case.number) for case in read_cases(cases, kind, 0)] == [second.split()[0]]
-    assert f'{path}: 1 cases; ' in capsys.readouterr().out
+    assert f'{path}: 1 cases, as edited by hand' in capsys.readouterr().out
     if kind == 'training':
         assert {record.case for record in [layer(cases).slices[i] for i in layer(cases).active]} == {
             int(second.split()[0])

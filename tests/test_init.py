@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import SHAPES, training_args, write_case
+from conftest import SHAPES, pretrain_args, write_case
 
 from running.data_folder import Slice, fold_list, read_cases, read_list
 from utils import in_training_set
@@ -317,5 +317,5 @@ def test_files_that_are_no_cases_are_named_and_counted(tmp_path, call):
 def test_one_fold_leaves_no_case_to_train_on(tmp_path, call):
     write_case(tmp_path, '1', np.zeros((3, 4, 5), np.int16), np.ones((3, 4, 5), np.uint8))
     assert call('init.py', tmp_path, 1, 1, -100, 240).code == 0
-    done = call('training.py', *training_args(tmp_path))
+    done = call('pretrain.py', *pretrain_args(tmp_path))
     assert done.code == 1 and 'with FOLDS=1 no case is left to train on' in done.err

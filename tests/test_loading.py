@@ -83,7 +83,7 @@ def test_without_an_untimestamped_one_it_is_the_newest_and_that_is_said(found, c
               'FD0:XJ1_1_20300101_000000.pkl', 'FD0:XJ3_12_20300101_000000.pkl']  # fmt: skip
     newest = 'FD0:XJ3_1_20261124_000000.pkl'
     assert found([*others, newest, f'FD0:XJ3_1_{STAMP}.pkl'], '_') == newest
-    assert 'tests the newest training: 20261124_000000' in capsys.readouterr().out
+    assert 'tests the training 20261124_000000' in capsys.readouterr().out
 
 
 def test_any_15_characters_are_a_timestamp_also_when_searching(found):
@@ -137,6 +137,13 @@ def test_only_the_networks_that_are_used_are_kept(tmp_path, weights):
     path = save(tmp_path / 'a.pkl', weights)
     assert {key.split('.')[0] for key in load_RSTN(path, 'C', 3, 4, CPU).state_dict()} == {'coarse_model'}
     assert 'coarse_model' not in {key.split('.')[0] for key in load_RSTN(path, 'F', 3, 4, CPU).state_dict()}
+
+
+def test_a_half_precision_snapshot_whose_sum_overflows_is_finite(tmp_path, weights):
+    weights = {key: tensor.half() for key, tensor in weights.items()}
+    weights['fine_model.fc6.bias'] = torch.full_like(weights['fine_model.fc6.bias'], 60000.0)
+    torch.save(weights, tmp_path / 'a.pkl')
+    load_RSTN(tmp_path / 'a.pkl', 'F', 3, 4, CPU)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -268,11 +275,16 @@ def test_three_planes_without_timestamps_are_of_one_training(tmp_path, capsys):
     names = {time: [f'FD0:{plane}J3_1_{time}.pkl' for plane in 'XYZ'] for time in (old, new)}
     save_empty(snapshot_folder(args), *names[old], names[new][0])
     assert find_snapshots(args) == names[old]
-    assert f'X, Y, Z: no snapshot without a timestamp; tests the newest training: {old}' in capsys.readouterr().out
+    assert f'X, Y, Z: no snapshot without a timestamp; tests the training {old}' in capsys.readouterr().out
     save_empty(snapshot_folder(args), *names[new])
     assert find_snapshots(args) == names[new]
     args.timestamp1_X = old
-    assert find_snapshots(args) == [names[old][0], *names[new][1:]], 'a timestamp that is given is taken'
+    assert find_snapshots(args) == names[old], 'the training that is named'
+    args.timestamp1_Y = new
+    with pytest.raises(ValueError, match='name the timestamp of each plane'):
+        find_snapshots(args)
+    args.timestamp1_Z = new
+    assert find_snapshots(args) == [names[old][0], *names[new][1:]], 'each is named: as asked'
 
 
 def test_planes_that_no_training_has_in_common_are_an_error(tmp_path):

@@ -60,7 +60,7 @@ def one_process(data, ranks=2):
     slices, states = load_slices(args, 'Z'), []
     for rank in reversed(range(ranks)):
         seeded(rank)
-        model = starting_model(args).train()
+        model = starting_model(args)[0].train()
         states.insert(0, random_states())
     optimizer, losses = make_optimizer(model, args.learning_rate1, args.learning_rate_m1), []
     for mode in 'SIJ':

@@ -99,7 +99,7 @@ def test_one_stage_again_takes_the_newest_snapshots_and_the_stored_volumes(lazy)
     done = run_sh(ENABLE_COARSE2FINE_TESTING=1, DATA_PATH=lazy.data, **TINY)
     assert done.returncode == 0, done.stderr
     assert stages(done.stdout) == ['coarse-to-fine testing']
-    assert 'tests the newest training' in done.stdout
+    assert 'tests the training 2' in done.stdout
     assert results.read_text() == before
     assert {path: path.stat().st_mtime_ns for path in folder.rglob('*.npz')} == times
 

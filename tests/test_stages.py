@@ -1,6 +1,7 @@
 """Coarse and oracle testing, fusion and coarse to fine on tiny cases: what is computed, stored, reused and printed."""
 
 import itertools
+import json
 import math
 import re
 import shutil
@@ -14,6 +15,7 @@ from conftest import FOLDER, coarse2fine_args, fusion_args, run_script, tiny_wei
 
 from model import RSTN
 from running.data_folder import read_cases
+from running.weights import describe
 from utils import DSC_computation
 from volumes.rounds import coarse_to_fine, stopped_at
 from volumes.testing import PlaneSettings, predict_volume, to_bytes
@@ -491,7 +493,7 @@ def damage_run_json(data, args):
     [
         (change_snapshot, r'snapshot FD0:ZJ3_1.pkl was \w{64}, is \w{64}'),
         (change_window, r'window was \[-100.0, 240.0\], is \[-100.0, 400.0\]'),
-        (change_scan, r'case 1 image_file was images/0001.npy \w{64}, is images/0001.npy \w{64}'),
+        (change_scan, r'case 1 image_file was 0001.npy \w{64}, is 0001.npy \w{64}'),
         (change_precision, 'precision was fp32, is bf16'),
         (damage_run_json, 'not a readable run.json'),
     ],
@@ -560,6 +562,49 @@ def test_fusion_names_a_planes_damaged_run_json(tested, call):
     done = call('coarse_fusion.py', *fusion_args(tested))
     assert (done.code, len(done.err.splitlines())) == (1, 1)
     assert 'FD0:YJ3_1.pkl/run.json: not a readable run.json' in done.err and 'run the stage' in done.err
+
+
+def test_overwriting_coarse_to_fine_loses_nothing_where_the_coarse_folders_are_of_other_settings(tested, call):
+    args = coarse2fine_args(tested)
+    succeeded(call('coarse2fine_testing.py', *args))
+    before = times(tested)
+    args[4] = 400
+    done = call('coarse2fine_testing.py', *args, '--overwrite')
+    assert done.code == 1 and 'coarse_testing.py --overwrite' in done.err
+    assert times(tested) == before
+
+
+def test_volumes_are_fused_and_merged_for_the_cases_that_they_are_of(tested, call):
+    """The first case leaves the testing list: what is stored as case 1 is no longer of case 1."""
+    for plane in 'XYZ':
+        succeeded(call('coarse_testing.py', *training_args(tested, plane)))
+    path = tested / 'lists/testing_FD0.txt'
+    path.write_text(path.read_text().splitlines()[1])
+    done = call('coarse_fusion.py', *fusion_args(tested))
+    assert done.code == 1
+    assert re.search(
+        r'case 1 image_file was 0001.npy \w{64} when it was tested, is 0002.npy \w{64}; test it again', done.err
+    )
+
+
+def test_a_snapshot_of_arrays_that_lie_otherwise_is_refused_and_another_voxel_size_warned_about(tested, call):
+    (tested / 'geometry').mkdir()
+    for name in ('0001', '0002'):
+        affine = np.diag([2.0, 2.0, 3.0, 1.0]) + np.eye(4, k=3)
+        content = {'affine': affine.tolist(), 'holds': 'position', 'source': 'x', 'type': 'NIfTI'}
+        (tested / f'geometry/{name}.json').write_text(json.dumps(content))
+    path = tested / 'models/snapshots' / FOLDER / 'FD0:ZJ3_1.pkl'
+    state = RSTN(width=4).state_dict()
+    for orientation, code in (('PLI', 1), ('RAS', 0)):
+        torch.save(describe(state, orientation=orientation, spacing=[1.0, 1.0, 1.0]), path)
+        done = call('coarse_testing.py', *training_args(tested))
+        assert done.code == code
+    assert 'warning: voxels of 2 x 2 x 3 mm, but the networks were trained on 1 x 1 x 1 mm' in done.out
+
+
+def test_what_is_assumed_of_published_snapshots_is_printed(tested, call):
+    done = succeeded(call('coarse_testing.py', *training_args(tested)))
+    assert 'does not say how it was trained; assumes plane Z, organ_ID 1, intensity_window [-100.0, 240.0]' in done.out
 
 
 # --- predictions as NIfTI ------------------------------------------------------------------------------------------

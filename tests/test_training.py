@@ -161,7 +161,7 @@ def save_pretrained(data, name, n_class=3, **facts):
 def test_both_networks_start_from_all_but_the_score_layers(data, name, n_class, capsys):
     state = save_pretrained(data, name, n_class)
     args = settings(data, plane='Z')
-    model = starting_model(args)
+    model, _ = starting_model(args)
     assert name in capsys.readouterr().out, 'it says which file it took'
     for network in (model.coarse_model, model.fine_model):
         for key, tensor in network.state_dict().items():
@@ -176,7 +176,7 @@ def test_both_networks_start_from_all_but_the_score_layers(data, name, n_class, 
 def test_score_layers_are_taken_over_from_a_pretraining_of_the_same_organ(data, organ, taken):
     state = save_pretrained(data, 'fcn8s_FD0_1.pth', organ_ID=organ, cases=['images/0003.npy', 'images/0004.npy'])
     args = settings(data, plane='Z')
-    model = starting_model(args)
+    model, _ = starting_model(args)
     assert torch.equal(model.fine_model.score_fr.weight, state['score_fr.weight']) == taken
 
 
@@ -233,6 +233,42 @@ def test_an_RSTN_that_has_seen_the_folds_test_cases_is_refused(trained, call):
     assert done.code == 1 and 'was trained on images/0003.npy, a test case of fold 1' in done.err
 
 
+def test_a_start_hands_on_the_cases_that_it_has_seen(trained, data, call):
+    other = trained.data / 'models/pretrained/fcn8s_FD0_1.pth'  # has seen cases 3 and 4
+    args = pretrain_args(data, fold=1)
+    done = call('pretrain.py', *args, '--start', other)
+    assert done.code == 1 and 'was trained on images/0003.npy, a test case of fold 1' in done.err
+    (data / 'lists/testing_FD1.txt').write_text('0 images/0001.npy labels/0001.npy\n')
+    assert call('pretrain.py', *args, '--start', other).code == 0
+    facts = description(load_weights(data / 'models/pretrained/fcn8s_FD1_1.pth'))
+    assert {'images/0003.npy', 'images/0004.npy'} <= {case.split()[0] for case in facts['cases']}
+
+
+def test_a_test_case_is_known_by_its_content_however_the_list_names_it(trained, data, call):
+    shutil.copytree(data / 'images', data / 'scans')
+    path = data / 'lists/testing_FD1.txt'
+    path.write_text(path.read_text().replace(' images/', ' scans/'))
+    args = training_args(data)
+    args[1] = 1
+    done = call('training.py', *args, '--pretrained', trained.data / 'models/pretrained/fcn8s_FD0_1.pth')
+    assert done.code == 1 and 'was trained on scans/0003.npy, a test case of fold 1' in done.err
+
+
+def test_a_start_that_is_not_there_costs_nothing_of_the_former_training(trained, call):
+    before = {path: path.read_bytes() for path in trained.data.rglob('*') if path.suffix in ('.txt', '.ckpt', '.pkl')}
+    done = call('training.py', *training_args(trained.data, epochs=EPOCHS), '--pretrained', 'typo.pth')
+    assert done.code == 1 and 'typo.pth: no such weights' in done.err
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_case_under_another_number_is_refused(trained, data, call):
+    path = data / 'lists/training_FD0.txt'
+    path.write_text('3 images/0003.npy labels/0003.npy\n')
+    start = trained.data / 'models/pretrained/fcn8s_FD0_1.pth'
+    done = call('training.py', *training_args(data), '--pretrained', start)
+    assert done.code == 1 and 'case 3 is 0004, but images/0003.npy in the list of the fold' in done.err
+
+
 # --- what snapshots say, and snapshots of steps ----------------------------------------------------------------------
 
 
@@ -248,7 +284,7 @@ def test_every_snapshot_says_what_its_training_was_like(trained):
 
 @pytest.mark.parametrize(
     ('place', 'value', 'words'),
-    [(3, -150, 'intensity_window [-100.0, 240.0], not (-150.0, 240.0)'), (7, 2, 'organ_ID 1, not 2')],
+    [(3, -150, 'intensity_window [-100.0, 240.0], not [-150.0, 240.0]'), (7, 2, 'organ_ID 1, not 2')],
 )
 def test_testing_refuses_what_contradicts_the_training(trained, data, call, place, value, words):
     shutil.copytree(trained.data / 'models', data / 'models')
@@ -268,7 +304,7 @@ def test_snapshots_are_saved_every_n_steps_of_mode_J_and_testing_averages_the_la
     done = call('training.py', *args, '--seed', 1, '--snapshot_steps', 3)
     steps = len([line for line in done.out.splitlines() if 'Iter' in line])
     saved = sorted(path.name for path in (data / SNAPSHOTS).glob('*step*'))
-    assert saved == [f'FD0:ZJ3_1_step{step:05d}.pkl' for step in range(3, steps + 1, 3)] and len(saved) > 1
+    assert saved == [f'FD0:ZJ3_1_step{step:05d}.pkl' for step in range(3, steps, 3)] and len(saved) > 1, 'not the end'
     done = call('coarse_testing.py', *args, '--average', 2)
     assert done.code == 0 and all(name in done.out for name in (saved[-1], 'FD0:ZJ3_1.pkl'))
     averaged, alone = [], []
@@ -282,6 +318,8 @@ def test_snapshots_are_saved_every_n_steps_of_mode_J_and_testing_averages_the_la
     np.testing.assert_allclose(averaged[0], (alone[0] + alone[1]) / 2, atol=1)
     done = call('coarse_testing.py', *args, '--average', 9, '--overwrite')
     assert done.code == 1 and 'too few for --average 9' in done.err
+    assert call('training.py', *training_args(data, epochs=(0, 0, 1, 1))).code == 0
+    assert not list((data / SNAPSHOTS).glob('*step*')), 'those of the former training are gone'
 
 
 def test_mode_J_starts_from_a_stored_snapshot_of_I_at_rates_of_its_own(trained, data, call):
@@ -294,6 +332,14 @@ def test_mode_J_starts_from_a_stored_snapshot_of_I_at_rates_of_its_own(trained, 
     assert '0ZJ Epoch[1/1], Iter[00000]' in done.out and '0ZI Epoch' not in done.out and '0ZS Epoch' not in done.out
     before, after = (load_weights(data / SNAPSHOTS / name) for name in ('FD0:ZI3_1.pkl', f'FD0:ZJ3_1_{stamp}.pkl'))
     assert all(torch.allclose(before[key], after[key], atol=1e-5) for key in before)
+    for rate in ('1e-5', '1e-6'):
+        args[12] = rate
+        done = call('training.py', *args, '--joint_from', '_', '--resume')
+        assert done.code == 1 and f'learning_rate2 was 1e-9, is {rate}' in done.err
+    args[12] = 'abc'
+    done = call('training.py', *args, '--joint_from', '_')
+    assert done.code == 2 and "argument learning_rate2: 'abc' is not a positive number" in done.err
+    args[12] = '1e-9'
     done = call('training.py', *args, '--joint_from', '20200101_000000')
     assert done.code == 1 and 'FD0:ZI3_1_20200101_000000.pkl: no such weights' in done.err
 

@@ -301,7 +301,7 @@ def _find_snapshots(args, asked):
     stored = {plane: stored_timestamps(args, plane) for plane in open_planes}
     chosen = '_'
     if any(stored.values()):
-        shared = set.intersection(*filter(None, stored.values()), *([given] if given else []))
+        shared = set.intersection(*filter(None, stored.values()), *({timestamp} for timestamp in given))
         if not shared:
             choice = '; '.join(f'{plane}: {", ".join(sorted(times))}' for plane, times in stored.items())
             given = f' and {", ".join(sorted(given))}' if given else ''
