@@ -31,7 +31,7 @@ source "$HERE/plumbing.sh"
 : "${ENABLE_COARSE2FINE_TESTING:=0}"
 : "${ENABLE_REPORT:=0}"                 # DATA_PATH/report/index.html: figures and pictures of all results
 : "${WRITE_NIFTI:=0}"                   # 1: write predictions as .nii.gz, too; merge those of several organs
-: "${OVERWRITE:=0}"                     # 1: replace results made with other settings, and lists edited by hand
+: "${OVERWRITE:=0}"                     # 1: replace results made with other settings, and lists edited manually
 
 #### On what #######################################################################################
 : "${DATA_PATH:=$HERE/data}"            # images/, labels/, and all that is made of them
@@ -81,7 +81,7 @@ nii2npy() { convert DATA2NPY/nii2npy.py "$RAW_PATH" "$DATA_PATH" --orientation "
 phantom() { script DATA2NPY/make_phantom.py "$RAW_PATH" --cases "$PHANTOM_CASES"; }
 
 #### Initialization ################################################################################
-: "${ORGAN_NUMBER:=1}"                  # organs that the labels hold
+: "${ORGAN_NUMBER:=1}"                  # highest organ number in the labels
 : "${FOLDS:=4}"
 : "${LOW_RANGE:=-100}"                  # intensity window (HU)
 : "${HIGH_RANGE:=240}"

@@ -1,4 +1,4 @@
-"""The floors of the house: what a module may import (docs/architecture.md)."""
+"""The layers of the code: what a module may import (docs/architecture.md)."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 CODE = Path(__file__).resolve().parent.parent / 'OrganSegRSTN'
-FLOORS = [
+LAYERS = [
     ['utils'],
     ['running'],
     ['ring', 'scans'],
@@ -18,37 +18,39 @@ STAGES = {
     'init', 'pretrain', 'training', 'training_parallel', 'coarse_testing', 'coarse_fusion', 'oracle_testing',
     'oracle_fusion', 'coarse2fine_testing', 'predict', 'report', 'check_data', 'merge_organs',
 }  # fmt: skip
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms} | dict.fromkeys(STAGES, len(FLOORS))
+LAYER = {package: layer for layer, packages in enumerate(LAYERS) for package in packages} | dict.fromkeys(
+    STAGES, len(LAYERS)
+)
 MODULES = sorted(path for folder in (CODE, CODE.parent / 'DATA2NPY') for path in folder.rglob('*.py'))
 
 
-def room(path):
-    """The room of a module: its folder, or itself where it stands in OrganSegRSTN/."""
+def package(path):
+    """The package of a module: its folder, or itself where it stands in OrganSegRSTN/."""
     if CODE not in path.parents:
-        return 'init'  # DATA2NPY/ is on the floor of the stages
+        return 'init'  # DATA2NPY/ is in the layer of the stages
     return path.relative_to(CODE).parts[0].removesuffix('.py')
 
 
 def imported(path):
-    """The rooms that a module imports, wherever in it."""
+    """The packages that a module imports, wherever in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
-    return {name.split('.')[0] for name in names} & FLOOR.keys()
+    return {name.split('.')[0] for name in names} & LAYER.keys()
 
 
-def test_every_module_has_its_floor():
-    assert {room(path) for path in MODULES} == FLOOR.keys()
+def test_every_module_has_its_layer():
+    assert {package(path) for path in MODULES} == LAYER.keys()
 
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda path: str(path.relative_to(CODE.parent)))
-def test_a_module_imports_from_its_own_room_and_the_floors_below(path):
-    allowed = {name for name, floor in FLOOR.items() if floor < FLOOR[room(path)]}
-    if room(path) not in STAGES:
-        allowed.add(room(path))
+def test_a_module_imports_from_its_own_package_and_the_layers_below(path):
+    allowed = {name for name, layer in LAYER.items() if layer < LAYER[package(path)]}
+    if package(path) not in STAGES:
+        allowed.add(package(path))
     if path.stem == 'training_parallel':
         allowed.add('training')
     assert imported(path) <= allowed

@@ -71,7 +71,7 @@ def stamp(text):
 ARGUMENTS = {
     'data_path': (str, 'the data folder, $DATA_PATH in run.sh'),
     'current_fold': (whole(0), 'the fold that is tested, from 0'),
-    'organ_number': (whole(1, 255), 'how many organs the labels hold'),
+    'organ_number': (whole(1, 255), 'highest organ number in the labels'),
     'folds': (whole(1), 'how many folds the cases are divided into'),
     'low_range': (number(), 'lower end of the intensity window (HU)'),
     'high_range': (number(), 'upper end of the intensity window (HU)'),
