@@ -204,6 +204,20 @@ def test_a_convolution_as_matrix_product(n, a, b):
         assert distance(ring.as_matrix_product(layer, x), layer(x)) < 1e-12
 
 
+@pytest.mark.parametrize('n', [1, 9, 40])
+def test_a_product_and_its_gradients_are_those_of_a_linear_layer(n):
+    rows, weight, gradient = image(n, 98), image(70, 98), image(n, 70)
+    exact, mine = (
+        [t.to(dtype, copy=True).requires_grad_() for t in (rows, weight)] for dtype in (torch.float64, torch.float32)
+    )
+    F.linear(*exact).backward(gradient)
+    y = ring.product(*mine)
+    y.backward(gradient.float())
+    for one, other in [(y.detach(), F.linear(*exact).detach()), *((a.grad, b.grad) for a, b in zip(mine, exact))]:
+        assert one.shape == other.shape
+        assert distance(one.double(), other) < 1e-5
+
+
 @pytest.mark.parametrize('size, share', [(1, 0.35), (96, 0.45), (200, 0.6)])
 def test_the_ring_is_not_computed(size, share):
     operations = []
