@@ -2,11 +2,13 @@
 
 import math
 import os
+import random
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from running.data_folder import Slice, read_cases, read_list, slice_list
@@ -15,13 +17,19 @@ from running.results import Checksums, revision
 from scans.geometry import axis_codes, geometry_file, known, load_geometry
 from utils import is_organ, to_unit
 
+# how far `varied` goes at most: degrees; the logarithm of scales; contrast, and half as much brightness
+TURN, SCALE, STRETCH, CONTRAST = 15, 0.2, 0.1, 0.15
+
 
 class DataLayer(Dataset):
-    """Samples (image (3, A, B) float32 in [0, 1], label (slice_thickness, A, B) float32 of 0 and 1)."""
+    """Samples (image (3, A, B) float32 in [0, 1], label (slice_thickness, A, B) float32 of 0 and 1).
+
+    With further organs `others` the label has their slices, too: (slice_thickness x organs, A, B).
+    """
 
     def __init__(self, data_path, current_fold, organ_number, low_range, high_range, slice_threshold, slice_thickness,
-                 organ_ID, plane):  # fmt: skip
-        self.data_path, self.organ_ID = data_path, organ_ID
+                 organ_ID, plane, others=()):  # fmt: skip
+        self.data_path, self.organ_ID, self.others = data_path, organ_ID, others
         self.intensity_window, self.thickness = (low_range, high_range), slice_thickness
         path = slice_list(data_path, plane)
         self.slices = read_slices(path)
@@ -58,7 +66,7 @@ class DataLayer(Dataset):
             raise ValueError(
                 f'{records[1].label_file}: shape {label.shape[1:]}, its image {image.shape[1:]}; run init.py again'
             )
-        label = is_organ(label, self.organ_ID).astype(np.float32)
+        label = np.concatenate([is_organ(label, organ) for organ in (self.organ_ID, *self.others)]).astype(np.float32)
         return torch.from_numpy(to_unit(image, *self.intensity_window)), torch.from_numpy(label)
 
     def stack(self, files):
@@ -135,7 +143,38 @@ def image_checksums(args, cases):
     return found
 
 
-def load_slices(args, plane):
+def load_slices(args, plane, others=()):
     """Return the training set of a plane."""
     return DataLayer(args.data_path, args.current_fold, args.organ_number, args.low_range, args.high_range,
-                     args.slice_threshold, args.slice_thickness, args.organ_ID, plane)  # fmt: skip
+                     args.slice_threshold, args.slice_thickness, args.organ_ID, plane, others)  # fmt: skip
+
+
+def neighbours(slices, most):
+    """Return the organs, `most` at most, that share the most active slices with the organ of a training set."""
+    counts = Counter()
+    for i in slices.active:
+        counts.update(organ for organ, (pixels, *_) in enumerate(slices.slices[i].organs, 1) if pixels)
+    del counts[slices.organ_ID]
+    return tuple(organ for organ, _ in counts.most_common(most))
+
+
+def varied(image, label, box=None):
+    """Return the part of a sample inside `box` (a0, a1, b0, b1), turned, scaled and changed in contrast at random.
+
+    image: (3, A, B) in [0, 1], label: (C, A, B) of 0 and 1; -> the same of the box's size. What lies beyond the slice is
+    0, and what is 0 in the image, the intensity window's dark end, stays 0.
+    """
+    size = image.shape[1:]
+    a0, a1, b0, b1 = box or (0, size[0], 0, size[1])
+    angle = math.radians(random.uniform(-TURN, TURN))
+    scale, stretch = (math.exp(random.uniform(-most, most)) for most in (SCALE, STRETCH))
+    a = (torch.arange(a0, a1) - (a0 + a1 - 1) / 2)[:, None] * scale * stretch  # from the box's centre
+    b = (torch.arange(b0, b1) - (b0 + b1 - 1) / 2)[None] * scale / stretch
+    a, b = math.cos(angle) * a - math.sin(angle) * b, math.sin(angle) * a + math.cos(angle) * b
+    places = [
+        (2 * place + start + end) / n - 1 for place, start, end, n in ((b, b0, b1, size[1]), (a, a0, a1, size[0]))
+    ]
+    seen = F.grid_sample(torch.cat([image, label])[None], torch.stack(places, -1)[None], align_corners=False)[0]
+    image, label = seen[:3], (seen[3:] >= 0.5).float()
+    contrast, light = math.exp(random.uniform(-CONTRAST, CONTRAST)), random.uniform(-CONTRAST, CONTRAST) / 2
+    return (contrast * image + light).clamp(0, 1) * (image > 0), label

@@ -3,6 +3,7 @@
 State-dict keys and shapes are those of the published snapshots and of the Caffe FCN-8s ported to PyTorch.
 """
 
+import math
 import random
 
 import torch
@@ -15,6 +16,7 @@ from running.weights import check_facts, check_shapes, description, load_weights
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 
 
+LAST_OF_BLOCK = ('conv1_2', 'conv2_2', 'conv3_3', 'conv4_3', 'conv5_3')  # pooling follows
 OUTSIDE = -9999999.0  # logit of every pixel outside the fine network's box: probability 0
 
 
@@ -59,6 +61,19 @@ class FCN8s(nn.Module):
             elif isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')
                 nn.init.zeros_(layer.bias)
+
+    @torch.no_grad()
+    def unit_variance(self, x):
+        """Scale each layer of new weights so that its outputs for images x (N, 3, A, B) have unit mean square.
+
+        Kaiming's scale is right for noise; slices and their padding are dark, and fade from layer to layer.
+        """
+        for name, layer in self.named_children():
+            if name.startswith(('conv', 'fc')):
+                layer.weight /= layer(x).square().mean().sqrt().clamp(min=1e-6)
+                x = F.relu(layer(x))
+                if name in LAST_OF_BLOCK:
+                    x = F.max_pool2d(x, 2, ceil_mode=True)
 
     def forward(self, x):
         seen = ring.features(self, x)  # = self.features(x), faster
@@ -126,7 +141,7 @@ class RSTN(nn.Module):
         if self.TEST == 'F':
             return self.fine(image * self.saliency(score), mask >= 0.5, empty=0)
         coarse = self.coarse(image)
-        if self.TEST == 'C':
+        if self.TEST == 'C' or mode == 'C':
             return coarse
         if self.TEST == 'O':
             return self.fine(image * self.saliency(coarse), label >= 0.5)
@@ -214,6 +229,27 @@ class DSC_loss(nn.Module):
         pred, target = pred.flatten(1), target.flatten(1)
         DSC = (2 * (pred * target).sum(1) + 1e-6) / (pred.sum(1) + target.sum(1) + 1e-6)
         return (1 - DSC).mean()
+
+
+def smooth_dice(pred, target):
+    """Return the soft Dice loss of a batch, smoothed by 1 % of the pixels: slices without the organ have a gradient."""
+    pred, target = pred.flatten(1), target.flatten(1)
+    smooth = 0.01 * pred.shape[1]
+    return (1 - (2 * (pred * target).sum(1) + smooth) / (pred.sum(1) + target.sum(1) + smooth)).mean()
+
+
+class DiceEntropyLoss(nn.Module):
+    """The smoothed soft Dice loss plus cross-entropy, whose gradient does not fade where a network is sure and wrong."""
+
+    def forward(self, pred, target):
+        return smooth_dice(pred, target) + F.binary_cross_entropy(pred, target)
+
+
+def set_rates(optimizer, done):
+    """Set the rates of a step after `done` of all steps: up to each group's `highest` at 5 %, down along a cosine."""
+    share = min(1, (done + 1e-3) / 0.05) * (1 + math.cos(math.pi * min(done, 1))) / 2
+    for group in optimizer.param_groups:
+        group['lr'] = share * group['highest']
 
 
 def get_parameters(model, coarse=True, bias=False, parallel=False):

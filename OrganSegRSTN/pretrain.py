@@ -1,8 +1,9 @@
 """Make an FCN-8s to start training from.
 
-Trains one on the fold's own training slices of all three planes (Kaiming start, Adam) and writes
-models/pretrained/fcn8s_FD{fold}_{organ}.pth. Or converts (--convert FILE) weights: the published
-pipeline's fcn8s_from_caffe.pth is copied, torchvision's vgg16-*.pth becomes fcn8s_from_vgg16.pth.
+Trains one on the fold's own training slices of all three planes, crops around the organ first, and
+writes models/pretrained/fcn8s_FD{fold}_{organ}.pth. Or converts (--convert FILE) weights: the published
+pipeline's fcn8s_from_caffe.pth is copied, torchvision's vgg16-*.pth (--convert vgg16 downloads it)
+becomes fcn8s_from_vgg16.pth.
 """
 
 import random
@@ -11,25 +12,36 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import ConcatDataset
 
-from Data import load_slices, training_facts
-from model import FCN8s, bounding_box, crop, set_precision
+from Data import load_slices, neighbours, training_facts, varied
+from model import FCN8s, bounding_box, crop, set_precision, set_rates, smooth_dice
 from running import arguments, script
 from running.checkpoint import Run, list_checksums, seed_everything
 from running.data_folder import PLANES, pretrained_folder, pretrained_name
+from running.downloads import fetch_vgg16
 from running.files import atomic_write, locked
 from running.results import start
 from running.weights import check_shapes, describe, load_weights
 
 POSITIONALS = [*arguments.TRAINING[:8], 'GPU_ID', 'epochs']
 VGG16_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # their places in torchvision's `features`
+NORMALIZATION = {  # mean and standard deviation of what conv1_1 was trained on, in [0, 1]
+    'fcn8s_from_vgg16.pth': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    'fcn8s_from_caffe.pth': ((104.00699 / 255, 116.66877 / 255, 122.67891 / 255), (1 / 255, 1 / 255, 1 / 255)),
+}
 SCORE_LAYERS = ('score_', 'upscore')
+CROPS_FIRST = 0.4  # share of the steps that see crops around the organ only
+VARIED_FROM = 0.3  # share of the steps after which slices are turned, scaled and changed in contrast
+CROPS = 4  # in a batch, which takes the time of two single ones
+OTHERS = 4  # further organs to learn at most
+PATIENCE, STUCK, ATTEMPTS = 600, 0.75, 3  # steps in which the Dice loss of crops must fall below STUCK
 
 
 def main():
     args = parse()
     device, _ = start(args)
     if args.convert:
-        name, state = convert(load_weights(args.convert), args.convert)
+        source = fetch_vgg16(pretrained_folder(args)) if args.convert == 'vgg16' else args.convert
+        name, state = convert(load_weights(source), source, args.fold_normalization)
         write(pretrained_folder(args) / name, state)
         return
     path = pretrained_folder(args) / pretrained_name(args)
@@ -44,7 +56,11 @@ def parse():
     parser.add_argument('--width', type=arguments.whole(3), default=64, help='channels of the first layer (default 64)')
     parser.add_argument('--learning_rate', type=arguments.number(0), default=2e-4,
                         help="Adam's rate, falling to 0 along a cosine (default 2e-4)")  # fmt: skip
-    parser.add_argument('--convert', metavar='FILE', help='convert these weights instead of training')
+    parser.add_argument('--convert', metavar='FILE',
+                        help="convert these weights instead of training; vgg16: download torchvision's")  # fmt: skip
+    parser.add_argument('--fold_normalization', action='store_true',
+                        help="with fcn8s_from_caffe.pth: fold the Caffe model's mean and scale into conv1_1")  # fmt: skip
+    parser.add_argument('--start', metavar='FILE', help='train these weights (fcn8s_from_vgg16.pth), not new ones')
     parser.add_argument('--crop_margin', type=arguments.whole(0), default=20, help='as in training.py (default 20)')
     arguments.add_training(parser)
     return arguments.parse(parser)
@@ -57,8 +73,11 @@ def write(path, state):
     print(f'written: {path}')
 
 
-def convert(weights, path):
-    """Return (file name, FCN-8s state dict) of the Caffe model's PyTorch port, as it is, or of torchvision's VGG-16."""
+def convert(weights, path, folded=False):
+    """Return (file name, FCN-8s state dict) of the Caffe model's PyTorch port, or of torchvision's VGG-16.
+
+    The normalization of VGG-16 is folded into conv1_1, that of the Caffe model only if `folded`.
+    """
     with torch.device('meta'):
         expected = FCN8s(n_class=21).state_dict()
     if 'features.0.weight' in weights:
@@ -72,7 +91,17 @@ def convert(weights, path):
         raise ValueError(
             f"{error}: neither fcn8s_from_caffe.pth nor torchvision's VGG-16 (without batch norm)"
         ) from None
+    if folded or name == 'fcn8s_from_vgg16.pth':
+        weights = fold_normalization(weights, *NORMALIZATION[name])
     return name, weights
+
+
+def fold_normalization(weights, mean, std):
+    """Let conv1_1 take x in [0, 1] where it took (x - mean) / std, so that 0, also in the padding, is dark."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    weight = weights['conv1_1.weight'] / std
+    bias = weights['conv1_1.bias'] - (weight * mean).sum((1, 2, 3))
+    return weights | {'conv1_1.weight': weight, 'conv1_1.bias': bias}
 
 
 def from_vgg16(weights, expected):
@@ -93,62 +122,170 @@ def as_shaped(tensor, shape):
     return tensor.reshape(shape) if tensor.numel() == shape.numel() else tensor
 
 
+# --- training ------------------------------------------------------------------------------------------------------
+
+
 def pretrain(args, run, device):
     """Train an FCN-8s on the slices of the fold's training cases, X, Y and Z mixed; return its state dict.
 
-    It starts the coarse and the fine network: a third of its samples are active slices cropped around
-    the organ, a third active slices as they are, a third any slices.
+    It starts the coarse and the fine network. It learns the organ's neighbours as well, as further
+    classes that are dropped at the end.
     """
     seed_everything(args.seed)
-    active = ConcatDataset([load_slices(args, plane) for plane in PLANES])
+    others = neighbours(load_slices(args, 'Z'), OTHERS)
+    active = ConcatDataset([load_slices(args, plane, others) for plane in PLANES])
     facts = training_facts(args)
     args.slice_threshold = 0  # all slices
-    whole = ConcatDataset([load_slices(args, plane) for plane in PLANES])
+    whole = ConcatDataset([load_slices(args, plane, others) for plane in PLANES])
     state = run.load() if args.resume else None
     if state is None:
         run.path.unlink(missing_ok=True)
         print(f'{args.current_fold} {len(active)}', flush=True)
-    model = FCN8s(args.slice_thickness, args.width).to(device).train()
+    attempt = Attempt()
+    while (model := learn(args, run, state, attempt, active, whole, device)) is None:
+        attempt.again()
+        run.begin_again()
+        state = None
+    return describe(own_classes(model.state_dict(), args.slice_thickness), **facts)
+
+
+def learn(args, run, state, attempt, active, whole, device):
+    """Return the FCN-8s after all epochs, or None if it does not learn."""
+    steps = args.epochs * len(active)
+    model = new_model(args, active).to(device).train()
     set_precision(model, args.precision)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, fused=True)
-    rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs * len(active))
-    run.restore(state, model=model, optimizer=optimizer, rates=rates)
+    parameters = {'params': [p for p in model.parameters() if p.requires_grad], 'highest': args.learning_rate}
+    optimizer = torch.optim.Adam([parameters], fused=True)
+    run.restore(state, model=model, optimizer=optimizer, attempt=attempt)
     for epoch in run.epochs(range(args.epochs)):
         for index, sample in run.steps(active):
-            image, label = vary(sample, index % 3, whole, args.crop_margin)
-            run.losses.add(pretrain_step(model, optimizer, image.to(device), label.to(device)))
-            rates.step()
+            step = epoch * len(active) + index
+            set_rates(optimizer, step / steps)
+            image, label = batch(args, sample, index, step / steps, active, whole)
+            loss = pretrain_step(model, optimizer, image.to(device), label.to(device), args.slice_thickness)
+            run.losses.add((loss,))
+            if attempt.fails(loss, step, CROPS_FIRST * steps):
+                return None
         print(f'{args.current_fold} Epoch[{epoch + 1}/{args.epochs}], Dice Loss {run.losses.mean[0]:.4f}, '
                 f'Time elapsed {run.losses.elapsed:.2f}s', flush=True)  # fmt: skip
-    return describe(model.state_dict(), **facts)
+    return model
 
 
-def vary(sample, kind, whole, crop_margin):
-    """Return (image, label), each (1, C, A, B): the active slice (kind 0), a crop of it (1), or any slice (2).
+def new_model(args, active):
+    """Return the FCN-8s to train, with a score of every slice and organ."""
+    classes, thickness = len(active[0][1]), args.slice_thickness
+    if args.start is None:
+        model = FCN8s(classes, args.width)
+        samples = [active[random.randrange(len(active))] for _ in range(CROPS)]
+        model.unit_variance(crops(samples, 2 * args.crop_margin, thickness, vary=False)[0])
+        return model
+    weights = {key: value for key, value in load_weights(args.start).items() if not key.startswith(SCORE_LAYERS)}
+    model = FCN8s(classes, width=len(weights.get('conv1_1.weight', [0])))
+    check_shapes(args.start, weights, {k: v for k, v in model.state_dict().items() if not k.startswith(SCORE_LAYERS)})
+    model.load_state_dict(weights, strict=False)
+    return model
 
-    A crop has a margin from 0 to twice `crop_margin` on each side.
+
+def own_classes(state, thickness):
+    """Return the state dict without the scores of other organs; the own organ's come first."""
+    for key, value in state.items():
+        if key.startswith('upscore'):
+            state[key] = value[:thickness, :thickness].clone()
+        elif key.startswith('score_'):
+            state[key] = value[:thickness].clone()
+    return state
+
+
+class Attempt:
+    """A start from new weights: its number, and the mean loss of its last steps, by which it fails or not."""
+
+    def __init__(self):
+        self.number, self.loss = 1, 1.0
+
+    def fails(self, loss, step, crops):
+        """Return whether the loss is too high at step PATIENCE, if that is among the first `crops` steps."""
+        self.loss += (loss - self.loss) / min(step + 1, PATIENCE / 5)
+        return step + 1 == PATIENCE <= crops and self.loss > STUCK
+
+    def again(self):
+        """Count the next attempt; raise ValueError after the last one."""
+        line = f'attempt {self.number} does not learn: Dice loss {self.loss:.2f} of crops after {PATIENCE} steps'
+        if self.number == ATTEMPTS:
+            raise ValueError(
+                f'{line}, asked for {STUCK}; try another --learning_rate or a larger --width, and see with '
+                'check_data.py whether the labels lie on their images'
+            )
+        print(f'{line}; starting again from other weights', flush=True)
+        self.number, self.loss = self.number + 1, 1.0
+
+    def state_dict(self):
+        return vars(self)
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+def pretrain_step(model, optimizer, image, label, thickness):
+    """Take one Adam step on soft Dice plus cross-entropy; return the organ's Dice loss before it.
+
+    The other organs together weigh as much as the organ itself.
     """
-    image, label = sample
-    if kind == 1:
-        box = bounding_box(label[0] >= 0.5, [random.randint(0, 2 * crop_margin) for _ in range(4)])
-        return (crop(image, box), crop(label, box)) if box else sample
-    if kind == 2:
-        return [tensor[None] for tensor in whole[random.randrange(len(whole))]]
-    return sample
-
-
-def pretrain_step(model, optimizer, image, label):
-    """Take one Adam step on soft Dice plus cross-entropy, without which a Kaiming start does not learn.
-
-    Return (Dice loss,). It is smoothed by 1 % of the pixels, so that slices without the organ have a gradient.
-    """
-    logits = model(image)
-    probability, smooth = torch.sigmoid(logits), 0.01 * label.numel()
-    loss = 1 - (2 * (probability * label).sum() + smooth) / (probability.sum() + label.sum() + smooth)
+    probability = torch.sigmoid(model(image))
+    dice = smooth_dice(probability[:, :thickness], label[:, :thickness])
+    loss = dice
+    if label.shape[1] > thickness:
+        others = (tensor[:, thickness:].unflatten(1, (-1, thickness)).flatten(0, 1) for tensor in (probability, label))
+        loss = (dice + smooth_dice(*others)) / 2
     optimizer.zero_grad()
-    (loss + F.binary_cross_entropy_with_logits(logits, label)).backward()
+    (loss + F.binary_cross_entropy(probability, label)).backward()
     optimizer.step()
-    return (loss.item(),)
+    return dice.item()
+
+
+# --- batches -------------------------------------------------------------------------------------------------------
+
+
+def batch(args, sample, index, done, active, whole):
+    """Return (image (N, 3, A, B), label (N, C, A, B)) of a step, after `done` of all steps.
+
+    At first only crops around the organ: it has 0.1 % of the pixels of a slice, where a new network
+    does not find it for thousands of steps. Then, for the coarse network, crops, active slices and any slices in turn.
+    """
+    vary = done >= VARIED_FROM
+    image, label = (tensor[0] for tensor in sample)
+    if done < CROPS_FIRST or index % 3 == 1:
+        samples = [(image, label), *(active[random.randrange(len(active))] for _ in range(CROPS - 1))]
+        return crops(samples, 2 * args.crop_margin, args.slice_thickness, vary)
+    if index % 3 == 2:
+        image, label = whole[random.randrange(len(whole))]
+    if vary:
+        image, label = varied(image, label)
+    return image[None], label[None]
+
+
+def crops(samples, margin, thickness, vary):
+    """Return a batch of crops of one size around the organ of each sample, with margins from 0 to `margin`."""
+    boxes = [
+        bounding_box(label[:thickness] >= 0.5, [random.randint(0, margin) for _ in range(4)])
+        or (0, label.shape[1], 0, label.shape[2])
+        for _, label in samples
+    ]
+    least = [min(image.shape[axis] for image, _ in samples) for axis in (1, 2)]
+    size = [min(max(box[i + 1] - box[i] for box in boxes), n) for i, n in zip((0, 2), least)]
+    cropped = []
+    for (image, label), own in zip(samples, boxes):
+        box = placed(own, size, image.shape[1:])
+        cropped.append(varied(image, label, box) if vary else (crop(image, box), crop(label, box)))
+    return [torch.stack(tensors) for tensors in zip(*cropped)]
+
+
+def placed(box, size, shape):
+    """Return the box grown (or cut) to `size`, at a random place around what it held, within a slice of `shape`."""
+    ends = []
+    for low, high, n, most in zip(box[::2], box[1::2], size, shape):
+        first = min(max(low - random.randint(0, max(n - (high - low), 0)), 0), most - n)
+        ends += [first, first + n]
+    return tuple(ends)
 
 
 if __name__ == '__main__':

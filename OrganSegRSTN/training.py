@@ -7,12 +7,14 @@ logs/FD0:Z3_1_TIMESTAMP.txt.
 
 import contextlib
 import math
+import random
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 
-from Data import image_checksums, load_slices, training_facts
-from model import RSTN, DSC_loss, FCN8s, get_parameters, set_precision
+from Data import image_checksums, load_slices, training_facts, varied
+from model import RSTN, DiceEntropyLoss, DSC_loss, FCN8s, get_parameters, set_precision, set_rates
 from running import arguments, processes, script
 from running.checkpoint import Run, list_checksums, seed_everything
 from running.data_folder import GOOD_LOSS, MODES, find_pretrained, read_cases, snapshot_folder, snapshot_name
@@ -71,15 +73,16 @@ def train(args, run, state, device, wrap):
             save_untrained(args, '', model)
     model = model.to(device).train()
     set_precision(model, args.precision)
+    recipe = Fast(args, slices) if args.recipe == 'fast' else Published()
     rates = 'learning_rate1 learning_rate_m1' if args.joint_from is None else 'learning_rate2 learning_rate_m2'
-    optimizer = make_optimizer(model, *(getattr(args, rate) for rate in rates.split()))
+    optimizer = recipe.make_optimizer(model, *(getattr(args, rate) for rate in rates.split()))
     run.restore(state, model=model, optimizer=optimizer)
     wrapped = wrap(model, device)
     mode = MODES[0]
     try:
         for mode, epoch in run.epochs(schedule(args)):
-            train_epoch(args, run, mode, epoch, wrapped, optimizer, slices, device)
-            end_epoch(args, run, mode, epoch, model, optimizer)
+            train_epoch(args, run, mode, epoch, wrapped, optimizer, slices, device, recipe)
+            end_epoch(args, run, mode, epoch, model, optimizer, recipe)
     except script.Terminated:
         raise
     except KeyboardInterrupt:
@@ -134,7 +137,7 @@ def lock(args):
 def save_snapshot(args, mode, model, step=None):
     """Save the state dict after a mode, or after a step of it (rank 0 only)."""
     if processes.rank() == 0:
-        facts = training_facts(args, plane=args.plane, recipe='published')
+        facts = training_facts(args, plane=args.plane, recipe=args.recipe)
         with atomic_write(snapshot_path(args, mode, step)) as file:
             torch.save(describe(model.state_dict(), **facts), file)
 
@@ -210,6 +213,8 @@ def from_FCN8s(args, path, weights, origin):
         missing, unknown = network.load_state_dict(weights, strict=False)
         if unknown or any('score' not in key for key in missing):
             raise ValueError(f'{path}: not an FCN-8s: {", ".join(unknown + missing)} unknown or missing')
+    if args.recipe == 'fast':
+        model.saliency2.bias.data.fill_(1)  # the slices as pretraining knows them
     print(f'{path}: starts both networks, width {width}, score layers {"included" if with_scores else "from zero"}')
     return model
 
@@ -222,6 +227,56 @@ def refuse_seen_cases(args, path, origin):
         raise ValueError(
             f'{path}: was trained on {seen[0]}, a test case of fold {args.current_fold}; run pretrain.py for this fold'
         )
+
+
+# --- recipes -------------------------------------------------------------------------------------------------------
+
+
+class Published:
+    """Section 4.1: SGD on the soft Dice of the slices as they are; the rates halve in mode J."""
+
+    def make_optimizer(self, model, learning_rate1, learning_rate_m1):
+        return make_optimizer(model, learning_rate1, learning_rate_m1)
+
+    def step(self, run, model, optimizer, mode, image, label, device):
+        """Train on a sample; return its (coarse, fine, avg) losses."""
+        return train_step(model, optimizer, mode, image.to(device), label.to(device))
+
+    def end_epoch(self, args, mode, epoch, optimizer):
+        """Halve the rates when due."""
+        if mode == 'J' and (epoch + 1) % args.lr_decay_epoch == 0:
+            print('lr decay')
+            for group in optimizer.param_groups:
+                group['lr'] *= 0.5
+
+
+class Fast(Published):
+    """For a start that pretrain.py made: Adam on Dice and cross-entropy of varied slices; one cosine for all modes.
+
+    In three of seven steps the coarse network learns from any slice as well: most slices are without the organ.
+    """
+
+    def __init__(self, args, slices):
+        self.steps_of_epoch = len(slices) // processes.world_size()
+        self.steps = self.steps_of_epoch * len(schedule(args))
+        self.whole = load_slices(Namespace(**vars(args) | {'slice_threshold': 0}), args.plane)
+
+    def make_optimizer(self, model, learning_rate1, learning_rate_m1):
+        """Return Adam; saliency and fine layers have m1 times the rate."""
+        highest = [float(learning_rate1), float(learning_rate1) * float(learning_rate_m1)]
+        parameters = [[*get_parameters(model, coarse, False), *get_parameters(model, coarse, True)] for coarse in (True, False)]
+        return torch.optim.Adam([{'params': p, 'highest': rate} for p, rate in zip(parameters, highest)], fused=True)
+
+    def step(self, run, model, optimizer, mode, image, label, device):
+        set_rates(optimizer, (run.epoch * self.steps_of_epoch + run.position) / self.steps)
+        if run.position % 7 in (1, 3, 5):
+            image_of_any, label_of_any = self.whole[random.randrange(len(self.whole))]
+            coarse_step(model, optimizer, *(tensor[None].to(device) for tensor in varied(image_of_any, label_of_any)))
+        image, label = (tensor[None].to(device) for tensor in varied(image[0], label[0]))
+        return train_step(model, optimizer, mode, image, label, DiceEntropyLoss())
+
+    def end_epoch(self, args, mode, epoch, optimizer):
+        pass
 
 
 # --- steps ---------------------------------------------------------------------------------------------------------
@@ -246,11 +301,11 @@ def make_optimizer(model, learning_rate1, learning_rate_m1):
     return optimizer
 
 
-def train_epoch(args, run, mode, epoch, model, optimizer, slices, device):
+def train_epoch(args, run, mode, epoch, model, optimizer, slices, device, recipe):
     """Train the remaining steps of an epoch; print a line a step."""
     name = f'{args.current_fold}{args.plane}{mode} Epoch[{epoch + 1}/{epochs(args, mode)}]'
     for index, (image, label) in run.steps(slices):
-        step = train_step(model, optimizer, mode, image.to(device), label.to(device))
+        step = recipe.step(run, model, optimizer, mode, image, label, device)
         coarse, fine, avg = processes.mean(step, device)
         run.losses.add((coarse, fine, avg))
         if not math.isfinite(avg):
@@ -260,16 +315,13 @@ def train_epoch(args, run, mode, epoch, model, optimizer, slices, device):
                 f'Time Elapsed {run.losses.elapsed:.2f}s', flush=True)  # fmt: skip
 
 
-def end_epoch(args, run, mode, epoch, model, optimizer):
-    """Print an epoch's mean losses, halve the rates when due, and after a mode's last epoch save its snapshot."""
+def end_epoch(args, run, mode, epoch, model, optimizer, recipe):
+    """Print an epoch's mean losses, and after a mode's last epoch save its snapshot."""
     name = f'{args.current_fold}{args.plane}{mode}'
     coarse, fine, avg = run.losses.mean
     print(f'{name} Epoch[{epoch + 1}], Total Coarse/Fine/Avg Loss {coarse:.4f}/{fine:.4f}/{avg:.4f}, '
             f'Time elapsed {run.losses.elapsed:.2f}s', flush=True)  # fmt: skip
-    if mode == 'J' and (epoch + 1) % args.lr_decay_epoch == 0:
-        print('lr decay')
-        for group in optimizer.param_groups:
-            group['lr'] *= 0.5
+    recipe.end_epoch(args, mode, epoch, optimizer)
     if epoch + 1 == epochs(args, mode):
         save_snapshot(args, mode, model)
         print(f'{name} {convergence(mode, avg)}')
@@ -277,12 +329,11 @@ def end_epoch(args, run, mode, epoch, model, optimizer):
         save_untrained(args, mode, model)
 
 
-def train_step(model, optimizer, mode, image, label):
-    """Take one SGD step on 1/3 coarse + 2/3 fine loss (equation 4); return the (coarse, fine, avg) losses before it.
+def train_step(model, optimizer, mode, image, label, criterion=DSC_loss()):  # noqa: B008 # it has no state
+    """Take one step on 1/3 coarse + 2/3 fine loss (equation 4); return the (coarse, fine, avg) losses before it.
 
     With T fine iterations the weights are 1 / (2T + 1) and 2 / (2T + 1) each, and `fine` is their mean.
     """
-    criterion = DSC_loss()
     coarse, *fines = (criterion(probability, label) for probability in model(image, label, mode))
     fine = sum(fines) / len(fines)
     loss = (coarse + 2 * len(fines) * fine) / (2 * len(fines) + 1)
@@ -290,6 +341,13 @@ def train_step(model, optimizer, mode, image, label):
     loss.backward()
     optimizer.step()
     return coarse.item(), fine.item(), loss.item()
+
+
+def coarse_step(model, optimizer, image, label):
+    """Take one step of the coarse network only."""
+    optimizer.zero_grad()
+    DiceEntropyLoss()(model(image, label, 'C'), label).backward()
+    optimizer.step()
 
 
 def convergence(mode, avg):

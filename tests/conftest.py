@@ -168,5 +168,5 @@ def settings(data, **changes):
     values = {'data_path': str(data), 'current_fold': 0, 'organ_number': 1, 'low_range': -100.0, 'high_range': 240.0,
               'slice_threshold': 0.98, 'slice_thickness': 3, 'organ_ID': 1, 'GPU_ID': 'cpu', 'learning_rate1': '1e-5',
               'learning_rate_m1': '10', 'crop_margin': 4, 'crop_prob': 0.5, 'crop_sample_batch': 1, 'epoch_S': 1,
-              'epoch_I': 1, 'epoch_J': 1, 'epoch_step': 1, 'pretrained': None, 'precision': 'fp32', 'resume': False, 'checkpoint_minutes': 10, 'seed': None, 'workers': 0, 'fine_iterations': 1, 'joint_from': None, 'snapshot_steps': None, 'average': 1}  # fmt: skip
+              'epoch_I': 1, 'epoch_J': 1, 'epoch_step': 1, 'pretrained': None, 'recipe': 'published', 'precision': 'fp32', 'resume': False, 'checkpoint_minutes': 10, 'seed': None, 'workers': 0, 'fine_iterations': 1, 'joint_from': None, 'snapshot_steps': None, 'average': 1}  # fmt: skip
     return SimpleNamespace(**values | changes)

@@ -121,6 +121,7 @@ _THREE_TIMES = [f'timestamp1_{plane}' for plane in 'XYZ']
 FUSION = [*_THREE_PLANES, 'threshold', *_THREE_TIMES]
 COARSE2FINE = [*_THREE_PLANES, 'coarse_threshold', 'fine_threshold', 'max_rounds', *_THREE_TIMES]
 MERGING = ['organ_IDs' if name == 'organ_ID' else name for name in COARSE2FINE]
+RECIPES = ('published', 'fast')
 FUSION_OPTIONAL = [f'timestamp2_{plane}' for plane in 'XYZ']
 
 
@@ -143,6 +144,10 @@ def stage_parser(doc, required, optional=()):
         kind, text = ARGUMENTS[name]
         parser.add_argument(name, type=kind, help=text, nargs='?' if name in optional else None)
     parser.add_argument('unused', nargs='*', default=[], help=argparse.SUPPRESS)
+    if 'learning_rate1' in required:
+        parser.add_argument('--recipe', type=one_of(*RECIPES), default=RECIPES[0],
+                            help='of the training: published (default), or fast: from a start made here, see '
+                            'docs/training.md')  # fmt: skip
     parser._negative_number_matcher = re.compile(r'-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$', re.I)  # -1e2 is a number
     return parser
 

@@ -18,9 +18,9 @@ from running.results import Checksums
 from running.script import uninterrupted
 from running.weights import check_archive
 
-# arguments that may differ from those of the checkpoint
+# arguments that may differ from those of the checkpoint, or that its path holds
 FREE = {
-    'data_path', 'GPU_ID', 'workers', 'resume', 'checkpoint_minutes', 'learning_rate2', 'learning_rate_m2', 'unused',
+    'recipe', 'data_path', 'GPU_ID', 'workers', 'resume', 'checkpoint_minutes', 'learning_rate2', 'learning_rate_m2', 'unused',
 }  # fmt: skip
 KEYS = {'settings', 'finished', 'log_bytes', 'epoch', 'order', 'position', 'losses', 'random', 'parts'}
 
@@ -69,6 +69,11 @@ class Run:
 
     def _begin_epoch(self):
         self.order, self.position, self.losses = None, 0, Losses()
+
+    def begin_again(self):
+        """Return to the first epoch."""
+        self.epoch = 0
+        self._begin_epoch()
 
     @contextlib.contextmanager
     def logged(self, path, state):

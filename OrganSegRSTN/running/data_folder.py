@@ -211,8 +211,9 @@ def _ends(hits):
 
 
 def training_settings(args):
-    """Return `1e-5x10,20`: rate, multiplier and margin as they stand in folder names."""
-    return f'{args.learning_rate1}x{args.learning_rate_m1},{args.crop_margin}'
+    """Return `1e-5x10,20`: rate, multiplier and margin as they stand in folder names; `fast_3e-4x1,20` of that recipe."""
+    recipe = '' if args.recipe == 'published' else f'{args.recipe}_'
+    return f'{recipe}{args.learning_rate1}x{args.learning_rate_m1},{args.crop_margin}'
 
 
 def epoch_name(args):
