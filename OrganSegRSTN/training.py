@@ -229,56 +229,6 @@ def refuse_seen_cases(args, path, origin):
         )
 
 
-# --- recipes -------------------------------------------------------------------------------------------------------
-
-
-class Published:
-    """Section 4.1: SGD on the soft Dice of the slices as they are; the rates halve in mode J."""
-
-    def make_optimizer(self, model, learning_rate1, learning_rate_m1):
-        return make_optimizer(model, learning_rate1, learning_rate_m1)
-
-    def step(self, run, model, optimizer, mode, image, label, device):
-        """Train on a sample; return its (coarse, fine, avg) losses."""
-        return train_step(model, optimizer, mode, image.to(device), label.to(device))
-
-    def end_epoch(self, args, mode, epoch, optimizer):
-        """Halve the rates when due."""
-        if mode == 'J' and (epoch + 1) % args.lr_decay_epoch == 0:
-            print('lr decay')
-            for group in optimizer.param_groups:
-                group['lr'] *= 0.5
-
-
-class Fast(Published):
-    """For a start that pretrain.py made: Adam on Dice and cross-entropy of varied slices; one cosine for all modes.
-
-    In three of seven steps the coarse network learns from any slice as well: most slices are without the organ.
-    """
-
-    def __init__(self, args, slices):
-        self.steps_of_epoch = len(slices) // processes.world_size()
-        self.steps = self.steps_of_epoch * len(schedule(args))
-        self.whole = load_slices(Namespace(**vars(args) | {'slice_threshold': 0}), args.plane)
-
-    def make_optimizer(self, model, learning_rate1, learning_rate_m1):
-        """Return Adam; saliency and fine layers have m1 times the rate."""
-        highest = [float(learning_rate1), float(learning_rate1) * float(learning_rate_m1)]
-        parameters = [[*get_parameters(model, coarse, False), *get_parameters(model, coarse, True)] for coarse in (True, False)]
-        return torch.optim.Adam([{'params': p, 'highest': rate} for p, rate in zip(parameters, highest)], fused=True)
-
-    def step(self, run, model, optimizer, mode, image, label, device):
-        set_rates(optimizer, (run.epoch * self.steps_of_epoch + run.position) / self.steps)
-        if run.position % 7 in (1, 3, 5):
-            image_of_any, label_of_any = self.whole[random.randrange(len(self.whole))]
-            coarse_step(model, optimizer, *(tensor[None].to(device) for tensor in varied(image_of_any, label_of_any)))
-        image, label = (tensor[None].to(device) for tensor in varied(image[0], label[0]))
-        return train_step(model, optimizer, mode, image, label, DiceEntropyLoss())
-
-    def end_epoch(self, args, mode, epoch, optimizer):
-        pass
-
-
 # --- steps ---------------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +305,57 @@ def convergence(mode, avg):
     good = GOOD_LOSS[mode]
     verdict = 'reached' if avg <= good else 'NOT reached, see "Convergence" in docs/training.md'
     return f'mean Avg loss of the last epoch {avg:.4f}, asked for at most {good}: {verdict}'
+
+
+# --- recipes -------------------------------------------------------------------------------------------------------
+
+
+class Published:
+    """Section 4.1: SGD on the soft Dice of the slices as they are; the rates halve in mode J."""
+
+    make_optimizer = staticmethod(make_optimizer)
+
+    def step(self, run, model, optimizer, mode, image, label, device):
+        """Train on a sample; return its (coarse, fine, avg) losses."""
+        return train_step(model, optimizer, mode, image.to(device), label.to(device))
+
+    def end_epoch(self, args, mode, epoch, optimizer):
+        """Halve the rates when due."""
+        if mode == 'J' and (epoch + 1) % args.lr_decay_epoch == 0:
+            print('lr decay')
+            for group in optimizer.param_groups:
+                group['lr'] *= 0.5
+
+
+class Fast(Published):
+    """For a start that pretrain.py made: Adam on Dice and cross-entropy of varied slices; one cosine for all modes.
+
+    In three of seven steps the coarse network learns from any slice as well: most slices are without the organ.
+    """
+
+    def __init__(self, args, slices):
+        self.steps_of_epoch = len(slices) // processes.world_size()
+        self.steps = self.steps_of_epoch * len(schedule(args))
+        self.whole = load_slices(Namespace(**vars(args) | {'slice_threshold': 0}), args.plane)
+
+    def make_optimizer(self, model, learning_rate1, learning_rate_m1):
+        """Return Adam; saliency and fine layers have m1 times the rate."""
+        highest = [float(learning_rate1), float(learning_rate1) * float(learning_rate_m1)]
+        parameters = [
+            [*get_parameters(model, coarse, False), *get_parameters(model, coarse, True)] for coarse in (True, False)
+        ]
+        return torch.optim.Adam([{'params': p, 'highest': rate} for p, rate in zip(parameters, highest)], fused=True)
+
+    def step(self, run, model, optimizer, mode, image, label, device):
+        set_rates(optimizer, (run.epoch * self.steps_of_epoch + run.position) / self.steps)
+        if run.position % 7 in (1, 3, 5):
+            image_of_any, label_of_any = self.whole[random.randrange(len(self.whole))]
+            coarse_step(model, optimizer, *(tensor[None].to(device) for tensor in varied(image_of_any, label_of_any)))
+        image, label = (tensor[None].to(device) for tensor in varied(image[0], label[0]))
+        return train_step(model, optimizer, mode, image, label, DiceEntropyLoss())
+
+    def end_epoch(self, args, mode, epoch, optimizer):
+        pass
 
 
 if __name__ == '__main__':

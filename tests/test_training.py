@@ -18,7 +18,7 @@ import training
 from model import RSTN, FCN8s, load_RSTN
 from running.checkpoint import Run
 from running.weights import describe, description, load_weights
-from training import end_epoch, make_optimizer, starting_model, train_epoch
+from training import Published, end_epoch, make_optimizer, starting_model, train_epoch
 
 CPU = torch.device('cpu')
 LOSSES = r'\d\.\d{4}/\d\.\d{4}/\d\.\d{4}'
@@ -378,8 +378,8 @@ def train_mode(args, mode, count, model, optimizer, sample):
     setattr(args, f'epoch_{mode}', count)
     run = Run(Path(args.data_path) / 'checkpoint', args)
     for epoch in run.epochs(range(count)):
-        train_epoch(args, run, mode, epoch, model, optimizer, [sample], CPU)
-        end_epoch(args, run, mode, epoch, model, optimizer)
+        train_epoch(args, run, mode, epoch, model, optimizer, [sample], CPU, Published())
+        end_epoch(args, run, mode, epoch, model, optimizer, Published())
 
 
 def test_rates_halve_every_lr_decay_epochs_in_mode_J_only(tmp_path, sample, capsys):
