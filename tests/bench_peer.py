@@ -7,7 +7,7 @@ It reads what init.py wrote, so the fold's cases are the same. The minutes are t
 follows. MONAI is installed for this run only, into a temporary folder, without its dependencies: torch stays as it is.
 
 The network is the one of MONAI's spleen tutorial at half its patches: channels 16 to 256, two residual units, instance
-norm; patches of 64 x 64 x 64 around organ and background in equal numbers, turned by nothing, brightened at random;
+norm; patches of 64 x 64 x 64 around organ and anywhere in equal numbers, brightened at random;
 Dice and cross-entropy; AdamW at 1e-3 along a cosine; sliding windows that overlap by half.
 """
 

@@ -1,6 +1,7 @@
 """The fast recipe beside the published one, and a pretraining that learns crops first and starts again."""
 
 import random
+import re
 import shutil
 import signal
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import BEGIN, FOLDER, coarse2fine_args, pretrain_args, settings, training_args
+from test_parallel import finished, torchrun
 from test_resuming import end, log_lines, start, wait_for
 
 import Data
@@ -97,6 +99,14 @@ def test_a_fast_training_that_is_killed_ends_with_the_same_bits_and_log(started,
     assert log_lines((started / log).read_text()) == log_lines((other / log).read_text())
     one, two = (load_weights(folder / 'models/snapshots' / FAST / 'FD0:ZJ3_1.pkl') for folder in (started, other))
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_two_processes_train_fast(started):
+    args = training_args(started, epochs=(1, 1, 0, 1))
+    args[args.index('cpu')] = 'cpu,cpu'
+    log = finished(torchrun(*args, '--recipe', 'fast'))
+    assert len(re.findall(r'0Z[SI] Epoch.1., Total', log)) == 2 and 'NOT reached' not in log
+    assert (started / 'models/snapshots' / FAST / 'FD0:ZJ3_1.pkl').exists()
 
 
 # --- varied slices -------------------------------------------------------------------------------------------------
