@@ -37,7 +37,6 @@ source "$HERE/plumbing.sh"
 : "${DATA_PATH:=$HERE/data}"            # images/, labels/, and all that is made of them
 : "${RAW_PATH:=}"                       # raw scans to convert
 : "${PYTHON:=}"                         # the python of your own environment; empty: .venv is made beside run.sh
-: "${RECIPE:=published}"                # fast: better masks in less time, from a start made here (docs/training.md)
 : "${PRECISION:=fp32}"                  # bf16: faster on CPUs and GPUs that have it; DSCs differ in the third digit
 : "${SEED:=}"                           # a whole number makes pretraining and training repeatable
 
@@ -57,11 +56,12 @@ if is_demo; then
   [[ $LAZY_MODE != 1 ]] || RAW_PATH=$DATA_PATH/phantom
   PHANTOM_CASES=16
   : "${ORGAN_NUMBER:=8}"
+  : "${RECIPE:=fast}"
   : "${PRETRAINING_WIDTH:=8}"           # the paper's network has 64: days on a CPU
-  : "${PRETRAINING_EPOCHS:=8}"
+  : "${PRETRAINING_EPOCHS:=4}"
   : "${PRETRAINING_LEARNING_RATE:=1e-3}"
-  : "${LEARNING_RATE1:=1e-4}"           # a narrow network learns faster
-  : "${LEARNING_RATE_M1:=3}"
+  : "${LEARNING_RATE1:=1e-3}"           # a narrow network learns faster
+  : "${LEARNING_RATE_M1:=1}"
   : "${TRAINING_EPOCH_S:=1}"
   : "${TRAINING_EPOCH_I:=1}"
   : "${TRAINING_EPOCH_J:=3}"
@@ -69,6 +69,7 @@ if is_demo; then
   : "${TRAINING_MARGIN:=10}"            # of voxels of 3.3 mm
   : "${MAX_ROUNDS:=3}"
   : "${SEED:=0}"
+  command -v nvidia-smi >/dev/null || : "${PLANE_GPUS:=cpu cpu cpu}"  # three planes at once
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # so narrow a network gains nothing from more
 fi
 #### END OF DEMO SETTINGS ##########################################################################
@@ -94,6 +95,7 @@ initialization() {
 check_data() { script OrganSegRSTN/check_data.py "$DATA_PATH" "$ORGAN_NUMBER" "$LOW_RANGE" "$HIGH_RANGE"; }
 
 #### Pretraining: organs, GPU and margin are those of the training below ###########################
+: "${RECIPE:=published}"                # of the training; fast: better masks in less time (docs/training.md)
 : "${SLICE_THRESHOLD:=0.98}"            # share of the slices with the organ to train on; above 1: least pixels
 : "${SLICE_THICKNESS:=3}"               # 1 or 3
 : "${PRETRAINING_EPOCHS:=10}"
@@ -125,6 +127,10 @@ pretraining() {
 : "${TRAINING_ORGAN_ID=$CURRENT_ORGAN_ID}"
 : "${TRAINING_PLANE:=$CURRENT_PLANE}"
 : "${TRAINING_GPU:=$CURRENT_GPU}"
+if [[ $RECIPE == fast ]]; then
+  : "${LEARNING_RATE1:=5e-4}"           # Adam: all layers
+  : "${LEARNING_RATE_M1:=1}"
+fi
 : "${LEARNING_RATE1:=1e-5}"             # coarse layers
 : "${LEARNING_RATE_M1:=10}"             # times LEARNING_RATE1: saliency and fine layers
 : "${LEARNING_RATE2:=1e-5}"             # the same of J where JOINT_FROM is set; else not used
