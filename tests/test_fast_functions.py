@@ -4,6 +4,7 @@ Rows of small masks are written as text, one digit a voxel ('.' is 0), so that t
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from scipy import ndimage
 
 TESTS = Path(__file__).resolve().parent
 SEEDS = st.integers(0, 2**32 - 1)
+BY_OTHERS = runpy.run_path(str(TESTS.parent / 'SWIG_fast_functions' / 'test.py'))  # the same rules by scipy and numpy
+processed_by_scipy, counts_by_numpy = BY_OTHERS['post_processing'], BY_OTHERS['counts']
 
 
 def mask(*planes: list[str]) -> np.ndarray:
@@ -39,21 +42,6 @@ def counts(A: np.ndarray, G: np.ndarray) -> list[int]:
     P = np.full(3, 99, np.uint32)
     assert fast_functions.DSC_computation(A, G, P) is None
     return P.tolist()
-
-
-def processed_by_scipy(F: np.ndarray, threshold: float, top2: bool) -> np.ndarray:
-    """Return what scipy makes of the same rules."""
-    label, components = ndimage.label(F)
-    if components == 0 or np.count_nonzero(F) >= F.size // 2:
-        return F
-    sizes = np.bincount(label.ravel())[1:]
-    bar = threshold * np.sort(sizes)[-2 if top2 and components > 1 else -1]
-    return F * np.concatenate([[False], sizes >= bar])[label]
-
-
-def counts_by_numpy(A: np.ndarray, G: np.ndarray) -> list[int]:
-    """Return the three counts as numpy finds them."""
-    return [np.count_nonzero(A), np.count_nonzero(G), np.count_nonzero((A != 0) & (G != 0))]
 
 
 def random_mask(rng: np.random.Generator, shape: tuple[int, ...], share: float) -> np.ndarray:
