@@ -55,12 +55,12 @@ def parse():
     parser = arguments.stage_parser(__doc__, POSITIONALS)
     parser.add_argument('--width', type=arguments.whole(3), default=64, help='channels of the first layer (default 64)')
     parser.add_argument('--learning_rate', type=arguments.number(0), default=2e-4,
-                        help="Adam's rate, falling to 0 along a cosine (default 2e-4)")  # fmt: skip
+                        help="Adam's highest rate (default 2e-4)")  # fmt: skip
     parser.add_argument('--convert', metavar='FILE',
-                        help="convert these weights instead of training; vgg16: download torchvision's")  # fmt: skip
+                        help='convert these weights; vgg16: download them')  # fmt: skip
     parser.add_argument('--fold_normalization', action='store_true',
-                        help="with fcn8s_from_caffe.pth: fold the Caffe model's mean and scale into conv1_1")  # fmt: skip
-    parser.add_argument('--start', metavar='FILE', help='train these weights (fcn8s_from_vgg16.pth), not new ones')
+                        help="fold the Caffe model's mean and scale into conv1_1")  # fmt: skip
+    parser.add_argument('--start', metavar='FILE', help='weights to train further')
     parser.add_argument('--crop_margin', type=arguments.whole(0), default=20, help='as in training.py (default 20)')
     arguments.add_training(parser)
     return arguments.parse(parser)

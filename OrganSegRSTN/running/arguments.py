@@ -146,8 +146,7 @@ def stage_parser(doc, required, optional=()):
     parser.add_argument('unused', nargs='*', default=[], help=argparse.SUPPRESS)
     if 'learning_rate1' in required:
         parser.add_argument('--recipe', type=one_of(*RECIPES), default=RECIPES[0],
-                            help='of the training: published (default), or fast: from a start made here, see '
-                            'docs/training.md')  # fmt: skip
+                            help='published (default) or fast (docs/recipes.md)')  # fmt: skip
     parser._negative_number_matcher = re.compile(r'-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$', re.I)  # -1e2 is a number
     return parser
 
