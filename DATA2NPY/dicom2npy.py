@@ -56,7 +56,7 @@ def main():
     parser.add_argument('raw', metavar='RAW', nargs='?', default='.', help='folder with the DICOM series')
     parser.add_argument('out', metavar='OUT', nargs='?', help='data folder to write to (RAW)')
     parser.add_argument('--resample', action='store_true', help='straighten a tilted or unevenly spaced series')
-    parser.add_argument('--acquisition', metavar='N', help='read this AcquisitionNumber if a series has several')
+    parser.add_argument('--acquisition', metavar='N', help='read the slices of this AcquisitionNumber only')
     args = parser.parse_args()
     raw, out = existing_folder(args.raw), args.out or args.raw
     cases = find_series(raw)
