@@ -11,11 +11,13 @@ import random
 from argparse import Namespace
 from pathlib import Path
 
+from running import arguments, processes, script  # before packages: it names a missing one
+
+# isort: split
 import torch
 
 from Data import image_checksums, load_slices, training_facts, varied
 from model import RSTN, DiceEntropyLoss, DSC_loss, FCN8s, get_parameters, set_precision, set_rates
-from running import arguments, processes, script
 from running.checkpoint import Run, list_checksums, seed_everything
 from running.data_folder import GOOD_LOSS, MODES, find_pretrained, read_cases, snapshot_folder, snapshot_name
 from running.files import atomic_write, locked
