@@ -561,10 +561,10 @@ PEAK = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import resource
-from scans.nifti import read_nifti_image, read_nifti_label
+from scans.nifti import open_nifti
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
-array = (read_nifti_label if sys.argv[3] == 'label' else read_nifti_image)(sys.argv[2])
+array = getattr(open_nifti(sys.argv[2]), sys.argv[3])()
 print(peak() - before)
 """
 
