@@ -1,6 +1,6 @@
 """Initialization: slice every volume along X, Y and Z, and write the lists of slices and folds.
 
-Reads images/*.npy (int16 HU) and labels/*.npy (uint8), both (W, H, L), paired by name. Writes
+Read images/*.npy (int16 HU) and labels/*.npy (uint8), both (W, H, L), paired by name. Write
 images_X|Y|Z/, labels_X|Y|Z/, lists/ and init.json, the record of what the lists were made of. A slice
 is written unclipped; only its average in the list is of clipped intensities. A list that was edited by
 hand is replaced only with --overwrite. Every case is checked before anything is replaced.
@@ -207,7 +207,7 @@ def edited(path, planned, recorded):
 
 
 def fold_lines(path):
-    """Return the lines of a fold's list, its paths relative to the data folder; None if not a text."""
+    """Return a fold's lines with paths relative to the data folder; None if they are not text."""
     absolute = re.compile(r' \S*/((images|labels)/[^/\s]+\.npy)')  # as the published init.py writes them
     try:
         return [absolute.sub(r' \1', line) for line in read_lines(path)]

@@ -1,6 +1,7 @@
-"""dicom2npy.py on DICOM series made here: what it reads, what it refuses, and the one line that says why.
+"""dicom2npy.py on DICOM series made here: what it reads and refuses, and the line that says why.
 
-Each table reads: what is wrong -> (how to make it, what the line says). Each bad series is made from six good slices.
+Each table reads: what is wrong -> (how to make it, what the line says). Each bad series is made from
+six good slices.
 """
 
 import copy
@@ -162,7 +163,7 @@ PHILIPS = ('1.3.46.670589.11.0.0.12.2', '1.2.840.10008.5.1.4.1.1.11.1', '1.2.840
 
 
 def test_objects_that_are_no_images_are_told_by_their_SOP_class(tmp_path):
-    """Philips series hold private objects, presentation states and raw data; a DICOMDIR may have any name."""
+    """Philips series hold private objects, presentation states, raw data; any name may be a DICOMDIR."""
     volume = random_volume()
     write_slices(tmp_path / 'a', make_slices(volume))
     for i, uid in enumerate((*PHILIPS, '1.2.840.10008.1.3.10')):
@@ -315,7 +316,7 @@ def test_blanks_in_a_folder_become_underscores(tmp_path):
 
 
 def ramp(row, column, z):
-    """HU at a place of the patient (mm, LPS y, x, z): linear, so that linear interpolation is exact."""
+    """Return HU at a place (mm, LPS y, x, z): linear, so that linear interpolation is exact."""
     return row + 2 * column - 3 * z
 
 
@@ -638,7 +639,7 @@ def test_a_bad_file_among_slices(what, call, tmp_path):
 
 
 def compressed_slice(name, old, new):
-    """Return a compressed slice of 64 x 64 that pydicom ships, with some bytes of its code changed."""
+    """Return a compressed 64 x 64 slice that pydicom ships, with some bytes of its code changed."""
     content = Path(get_testdata_file(name, download=False)).read_bytes()
     assert content.count(old) == 1
     return content.replace(old, new)

@@ -5,7 +5,7 @@ import sys
 
 
 def _name_missing_package(kind, error, traceback):
-    """End a script with one line where a package is missing; each imports this room before packages.
+    """End a script with one line if a package is missing; each script imports this room first.
 
     RSTN_TRACEBACK=1 in the environment prints the traceback instead.
     """

@@ -69,7 +69,7 @@ def write_array(file, array):
 
 
 def write_json(path, content, nulls=False):
-    """Write an object as JSON; `nulls`: nan and infinite numbers, which strict readers refuse, as null."""
+    """Write an object as JSON; `nulls`: write nan and infinite numbers as null, as JSON demands."""
     with atomic_write(path, 'w') as file:
         json.dump(_finite(content) if nulls else content, file, indent=1)
 
