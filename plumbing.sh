@@ -1,7 +1,11 @@
 # Sourced by run.sh: checks settings, starts stages (also planes side by side), handles signals.
 
 exists() { [[ -e $1 ]]; }  # exists FOLDER/*: does anything match? Quote FOLDER.
-nifti_images() { exists "$RAW_PATH"/images*/*.nii*; }
+nifti_images() (  # are there images that nii2npy.py reads? The endings are those of scans/dataset.py
+  shopt -s nocaseglob nullglob
+  set -- "$RAW_PATH"/images{,Tr}/*.{nii,nii.gz,nrrd,mha,mhd}
+  [[ $# != 0 ]]
+)
 
 is_demo() {  # does DATA_PATH hold the phantom, or will it?
   [[ -z $RAW_PATH ]] &&

@@ -1,7 +1,8 @@
-"""Convert DICOM series to images/CASE.npy (rows, columns, slices; int16 HU) and geometry/CASE.json. Usage:
+"""Convert DICOM series to images/CASE.npy and geometry/CASE.json. Usage:
 
     python dicom2npy.py [RAW] [OUT] [--resample] [--acquisition N]
 
+An image is (rows, columns, slices), int16 HU.
 RAW (default: the current folder) is searched for folders that hold a series. DOI/PANCREAS_0001/...
 and manifest-.../Pancreas-CT/PANCREAS_0001/... become case 0001. Elsewhere a case is named after the
 first folder below RAW in which the series differ. OUT (default: RAW) is the data folder. Slices are
@@ -56,7 +57,7 @@ def main():
     parser.add_argument('raw', metavar='RAW', nargs='?', default='.', help='folder with the DICOM series')
     parser.add_argument('out', metavar='OUT', nargs='?', help='data folder to write to (RAW)')
     parser.add_argument('--resample', action='store_true', help='straighten a tilted or unevenly spaced series')
-    parser.add_argument('--acquisition', metavar='N', help='read this AcquisitionNumber if a series has several')
+    parser.add_argument('--acquisition', metavar='N', help='read the slices of this AcquisitionNumber only')
     args = parser.parse_args()
     raw, out = existing_folder(args.raw), args.out or args.raw
     cases = find_series(raw)

@@ -1,7 +1,7 @@
 """Write a small synthetic cohort as raw data, laid out like NIH Pancreas-CT: the built-in demo.
 
-Each case is an upper abdomen with its own anatomy: OUT/DOI/PANCREAS_0001/STUDY/SERIES/000000.dcm ...
-(CT slices, 16 bit, slope 1, intercept -1024, z decreasing with InstanceNumber) and
+Each case is an upper abdomen with its own anatomy: OUT/DOI/PANCREAS_0001/STUDY/SERIES/000000.dcm
+... (CT slices, 16 bit, slope 1, intercept -1024, z decreasing with InstanceNumber) and
 OUT/TCIA_pancreas_labels-02-05-2017/label0001.nii.gz. The target, organ 1, is a small bent pancreas
 between duodenum, bowel and stomach of nearly the same HU. The same arguments give the same bytes.
 Usage:
@@ -44,9 +44,9 @@ SETTINGS = 'phantom.txt'
 class Canvas:
     """A volume to draw on: `hu` float32 and `label` uint8, both (rows, columns, slices).
 
-    A shape is a field of signed distances in mm, negative inside. Coordinates are y (to the back), x (to the
-    patient's left) and z (downwards) from the volume's centre. A smooth random field bends them, so that no two
-    cases are alike.
+    A shape is a field of signed distances in mm, negative inside. Coordinates are y (to the back),
+    x (to the patient's left) and z (downwards) from the volume's centre. A smooth random field bends
+    them, so that no two cases are alike.
     """
 
     def __init__(self, size, rng):
@@ -250,7 +250,7 @@ def position(spacing, size, k):
 
 
 def write_label(path, label, spacing):
-    """Write the label as .nii.gz. It pairs with the image by transpose(1, 0, 2) and by its affine."""
+    """Write the label as .nii.gz, paired with the image by transpose(1, 0, 2) and by its affine."""
     affine = np.diag([-spacing[1], -spacing[0], -spacing[2], 1])  # columns to the left, rows to the back, slices down
     affine[:3, 3] = np.array([-1, -1, 1]) * position(spacing, label.shape, 0)
     nifti = nib.Nifti1Image(label.transpose(1, 0, 2), affine)

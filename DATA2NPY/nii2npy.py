@@ -1,18 +1,18 @@
-"""Convert NIfTI labels, and images if they are NIfTI too, to labels/CASE.npy and images/CASE.npy. Usage:
+"""Convert NIfTI labels, and NIfTI images if any, to labels/CASE.npy and images/CASE.npy. Usage:
 
     python nii2npy.py [RAW] [OUT] [--images WHERE] [--labels WHERE] [--orientation HOW]
 
-In RAW (default: the folder you are in), labels are TCIA_pancreas_labels*/label0001.nii.gz, which become
-case 0001, and labels/NAME.nii.gz or labelsTr/NAME.nii.gz; images are images/NAME.nii.gz or
-imagesTr/NAME.nii.gz (or NAME_0000). WHERE is another folder, or a pattern in quotes whose last * is the
-case: --images 'scans/*_ct.nii.gz'. OUT (default: RAW) is the data folder. A label whose image is not in
-RAW belongs to OUT/images/CASE.npy. .nrrd, .mha and .mhd are read too, if SimpleITK is installed.
-RAW/dataset.json (nnU-Net, Decathlon) names the organs.
+In RAW (default: the folder you are in), labels are TCIA_pancreas_labels*/label0001.nii.gz, which
+become case 0001, and labels/NAME.nii.gz or labelsTr/NAME.nii.gz; images are images/NAME.nii.gz or
+imagesTr/NAME.nii.gz (or NAME_0000). WHERE is another folder, or a pattern in quotes whose last * is
+the case: --images 'scans/*_ct.nii.gz'. OUT (default: RAW) is the data folder. A label whose image
+is not in RAW belongs to OUT/images/CASE.npy. .nrrd, .mha and .mhd are read too, if SimpleITK is
+installed. RAW/dataset.json (nnU-Net, Decathlon) names the organs.
 
-A label is turned onto its image's axes, never resampled. HOW is auto, affine or published: auto turns
-NIH's labels (TCIA_pancreas_labels*) by transpose(1, 0, 2), as published, and others by the two affines
-if both say how, else by transpose(1, 0, 2). A case that fails is named, the others are converted, and
-the exit code is 1.
+A label is turned onto its image's axes, never resampled. HOW is auto, affine or published: auto
+turns NIH's labels (TCIA_pancreas_labels*) by transpose(1, 0, 2), as published, and others by the
+two affines if both say how, else by transpose(1, 0, 2). A case that fails is named, the others are
+converted, and the exit code is 1.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""Looks over a data folder before a long training. Usage:
+"""Check a data folder before a long training. Usage:
 
     python check_data.py data_path organ_number low_range high_range
 
-Reads images/, labels/ and geometry/. Prints a line for each case, warnings (look at these cases) and
-errors (init.py or the training would stop; exit code 1). Writes data_path/check_data.png, or
+Read images/, labels/ and geometry/. Print a line for each case, warnings (look at these cases) and
+errors (init.py or the training would stop; exit code 1). Write data_path/check_data.png, or
 check_data_1.png ... for several organs: of each case the axial slice with most of the organ, its
 contour in red.
 """
@@ -12,9 +12,11 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from running import arguments, script  # before packages: it names a missing one
+
+# isort: split
 import numpy as np
 
-from running import arguments, script
 from running.data_folder import case_names, check_case
 from running.files import atomic_write, load_array
 from scans.geometry import Geometry, axis_codes, check_partners, geometry_file, known, load_geometry
@@ -51,12 +53,12 @@ class CaseFigures(NamedTuple):
 
     @property
     def spacing(self):
-        """`0.8 x 0.8 x 1` in mm, or `?`."""
+        """Return `0.8 x 0.8 x 1` in mm, or `?`."""
         return ' x '.join(f'{s:.3g}' for s in self.geometry.spacing) if known(self.geometry) else '?'
 
     @property
     def height(self):
-        """Height of an axial slice over its width in mm (rows run down)."""
+        """Return the height of an axial slice over its width in mm (rows run down)."""
         step = self.geometry.spacing if known(self.geometry) else np.ones(3)
         return self.shape[0] * step[0] / (self.shape[1] * step[1])
 

@@ -8,9 +8,11 @@ volumes/R{round}_{case}.npz; with --probability also P_{case}.npz.
 
 import time
 
+from running import arguments, processes, script  # before packages: it names a missing one
+
+# isort: split
 import numpy as np
 
-from running import arguments, processes, script
 from running.data_folder import PLANES, epoch_name, find_snapshots, read_cases, results_folder
 from running.files import load_volume, save_volume
 from running.results import Results, check_folder, prepare_folder, start

@@ -1,24 +1,25 @@
 """Initialization: slice every volume along X, Y and Z, and write the lists of slices and folds.
 
-Reads images/*.npy (int16 HU) and labels/*.npy (uint8), both (W, H, L), paired by name. Writes
+Read images/*.npy (int16 HU) and labels/*.npy (uint8), both (W, H, L), paired by name. Write
 images_X|Y|Z/, labels_X|Y|Z/, lists/ and init.json, the record of what the lists were made of. A slice
 is written unclipped; only its average in the list is of clipped intensities. A list that was edited by
-hand is replaced only with --overwrite.
+hand is replaced only with --overwrite. Every case is checked before anything is replaced.
 """
 
 import hashlib
 import inspect
-import json
 import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from running import arguments, script  # before packages: it names a missing one
+
+# isort: split
 import numpy as np
 from tqdm import tqdm
 
-from running import arguments, script
 from running.data_folder import (
     PLANES,
     Slice,
@@ -28,8 +29,19 @@ from running.data_folder import (
     organ_extents,
     slice_averages,
     slice_list,
+    whole_numbers,
 )
-from running.files import LEFTOVERS, atomic_write, errors_naming, load_array, locked, read_json, read_lines, write_array
+from running.files import (
+    LEFTOVERS,
+    atomic_write,
+    errors_naming,
+    load_array,
+    locked,
+    read_json,
+    read_lines,
+    write_array,
+    write_json,
+)
 from running.results import checksum, start_without_network
 from scans.geometry import check_partners
 from utils import in_training_set, is_organ
@@ -57,7 +69,10 @@ def main():
     records = {plane: [] for plane in PLANES}
     written = ['lists', *(f'{kind}_{plane}' for kind in ('images', 'labels') for plane in PLANES)]
     with locked(Path(args.data_path, '.lock'), '.check_data*.part', *(f'{folder}/{LEFTOVERS}' for folder in written)):
-        remove_lists(args, fold_lists(args, names), record.get('lists', {}))
+        replaced = replaceable_lists(args, fold_lists(args, names), record.get('lists', {}))
+        check_cases(args, names)
+        for path in replaced:  # before the slices: a run that is cut off leaves no list of other slices
+            path.unlink()
         with ThreadPoolExecutor(os.cpu_count()) as writers:
             for number, name in enumerate(tqdm(names, desc='cases', disable=None)):
                 for plane, found in initialize_case(args, number, name, writers).items():
@@ -66,12 +81,27 @@ def main():
     print(f'{len(names)} cases in {args.folds} folds, lists in {Path(args.data_path, "lists")}')
 
 
+def check_cases(args, names):
+    """Raise ValueError for the first case that cannot be sliced."""
+    for name in tqdm(names, desc='cases checked', disable=None):
+        image, label = load_case(args, name)
+        check_partners(args.data_path, name, image, label)
+        check_case(name, image, label, args.organ_number)
+
+
+def load_case(args, name):
+    """Return image and label (W, H, L) of a case as stored."""
+    return tuple(load_array(Path(args.data_path, kind, f'{name}.npy')) for kind in ('images', 'labels'))
+
+
 def initialize_case(args, number, name, writers):
-    """Slice one case, several planes at a time, and measure its slices meanwhile; -> {plane: [Slice]}."""
+    """Slice a checked case, several planes at a time; measure its slices meanwhile.
+
+    Return {plane: [Slice]}.
+    """
     data = Path(args.data_path)
-    image, label = load_array(data / 'images' / f'{name}.npy'), load_array(data / 'labels' / f'{name}.npy')
-    check_partners(data, name, image, label)
-    label = check_case(name, image, label, args.organ_number)
+    image, label = load_case(args, name)
+    label = whole_numbers(label)
     written = [
         writers.submit(write_slices, data / f'{kind}_{plane}' / name, volume, plane)
         for kind, volume in (('images', image), ('labels', label))
@@ -91,12 +121,12 @@ def initialize_case(args, number, name, writers):
 
 
 def slice_files(plane, name, j):
-    """Image and label file of slice j, relative to the data folder."""
+    """Return the image and label file of slice j, relative to the data folder."""
     return tuple(f'{kind}_{plane}/{name}/{j:04d}.npy' for kind in ('images', 'labels'))
 
 
 def write_slices(folder, volume, plane):
-    """Write the slices of a volume as folder/0000.npy, ...; the folder appears when all are written."""
+    """Write the slices of a volume as folder/0000.npy, ...; the folder appears when it is whole."""
     part = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
     part.mkdir(parents=True)
     try:
@@ -111,7 +141,10 @@ def write_slices(folder, volume, plane):
 
 
 def contiguous_slices(volume, plane):
-    """The slices of a plane, each contiguous in memory, gathered some at a time: one by one costs a cache miss a voxel."""
+    """Yield the slices of a plane, each contiguous in memory.
+
+    They are gathered some at a time: one by one costs a cache miss a voxel.
+    """
     view = plane_view(volume, plane)
     for j in range(0, len(view), SLICES_AT_ONCE):
         yield from np.ascontiguousarray(view[j : j + SLICES_AT_ONCE])
@@ -121,12 +154,12 @@ def contiguous_slices(volume, plane):
 
 
 def slice_lists(args, records):
-    """{path: lines} of lists/training_X|Y|Z.txt."""
+    """Return {path: lines} of lists/training_X|Y|Z.txt."""
     return {slice_list(args.data_path, plane): list(map(str, records[plane])) for plane in PLANES}
 
 
 def fold_lists(args, names):
-    """{path: lines} of lists/training_FD*.txt and testing_FD*.txt."""
+    """Return {path: lines} of lists/training_FD*.txt and testing_FD*.txt."""
     return {
         fold_list(args.data_path, kind, fold): [
             f'{i} images/{name}.npy labels/{name}.npy'
@@ -139,18 +172,17 @@ def fold_lists(args, names):
 
 
 def write_lists(args, lists, inputs):
-    """Write the record, then the lists: a run that is cut off leaves a record whose lists are missing."""
+    """Write the record, then the lists: a run that is cut off leaves a record without its lists."""
     content = {path: ''.join(f'{line}\n' for line in lines).encode() for path, lines in lists.items()}
     written = {path.name: [len(text), hashlib.sha256(text).hexdigest()] for path, text in content.items()}
-    with atomic_write(Path(args.data_path, RECORD), 'w') as file:
-        json.dump(inputs | {'lists': written}, file, indent=1)
+    write_json(Path(args.data_path, RECORD), inputs | {'lists': written})
     for path, text in content.items():
         with atomic_write(path) as file:
             file.write(text)
 
 
-def remove_lists(args, planned, recorded):
-    """Remove the lists of earlier runs, so that a run that is cut off leaves none that are wrong.
+def replaceable_lists(args, planned, recorded):
+    """Return the paths of the lists of earlier runs, which this one replaces.
 
     planned: {path: lines} of the folds' lists to be written; recorded: {name: [size, checksum]} of the
     lists written last. ValueError names a list that was edited by hand, unless args.overwrite.
@@ -161,19 +193,21 @@ def remove_lists(args, planned, recorded):
         if edited(path, planned, recorded):
             raise ValueError(f'{path}: edited by hand, or not made by init.py; move it away, or replace it with '
                              '--overwrite (OVERWRITE=1 in run.sh)')  # fmt: skip
-    for path in found:
-        path.unlink()
+    return found
 
 
 def edited(path, planned, recorded):
-    """Whether a list is not as recorded; without a record, whether a fold has other cases than planned."""
+    """Return whether a list is not as recorded.
+
+    Without a record, return whether a fold has other cases than planned.
+    """
     if path.name in recorded:
         return [path.stat().st_size, checksum(path)] != recorded[path.name]
     return path in planned and fold_lines(path) != planned[path]
 
 
 def fold_lines(path):
-    """The lines of a fold's list, with paths relative to the data folder; None if it is not a text."""
+    """Return a fold's lines with paths relative to the data folder; None if they are not text."""
     absolute = re.compile(r' \S*/((images|labels)/[^/\s]+\.npy)')  # as the published init.py writes them
     try:
         return [absolute.sub(r' \1', line) for line in read_lines(path)]
@@ -182,7 +216,7 @@ def fold_lines(path):
 
 
 def describe_inputs(args, names):
-    """What the lists are made of: the settings, and size and modification time of each case's volumes."""
+    """Return what the lists are made of: the settings, size and time of change of each volume."""
     settings = {name: getattr(args, name) for name in ('organ_number', 'folds', 'low_range', 'high_range')}
     cases = {}
     for name in names:
@@ -192,7 +226,7 @@ def describe_inputs(args, names):
 
 
 def read_record(data_path):
-    """The record of the last initialization; {} if there is none, or one that cannot be read."""
+    """Return the record of the last initialization; {} if there is none that can be read."""
     try:
         record = read_json(Path(data_path, RECORD))
     except (FileNotFoundError, ValueError):
@@ -201,7 +235,7 @@ def read_record(data_path):
 
 
 def unchanged(data_path, record, inputs):
-    """Whether the recorded initialization had these inputs, and its slices and lists are still there."""
+    """Return whether the recorded initialization had these inputs, and all that it wrote exists."""
     if any(record.get(key) != value for key, value in inputs.items()):
         return False
     slices = [f'{kind}_{plane}/{name}' for kind in ('images', 'labels') for plane in PLANES for name in inputs['cases']]

@@ -10,9 +10,11 @@ organ after merging.
 from argparse import Namespace
 from pathlib import Path
 
+from running import arguments, script  # before packages: it names a missing one
+
+# isort: split
 import numpy as np
 
-from running import arguments, script
 from running.data_folder import PLANES, read_cases, snapshot_name, training_settings
 from running.files import load_volume
 from running.results import Results, check_cases, lock_folders, prepare_folder, read_settings, start_without_network

@@ -22,10 +22,12 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from running import arguments, script  # before packages: it names a missing one
+
+# isort: split
 import nibabel.orientations as axes
 import numpy as np
 
-from running import arguments, script
 from running.data_folder import PLANES
 from running.results import start
 from running.weights import description, load_weights, warn_of_spacing

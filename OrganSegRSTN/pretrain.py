@@ -8,13 +8,15 @@ becomes fcn8s_from_vgg16.pth.
 
 import random
 
+from running import arguments, script  # before packages: it names a missing one
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch.utils.data import ConcatDataset
 
 from Data import load_slices, neighbours, refuse_seen_cases, training_facts, varied
 from model import FCN8s, bounding_box, crop, set_precision, set_rates, smooth_dice
-from running import arguments, script
 from running.checkpoint import Run, list_checksums, seed_everything
 from running.data_folder import PLANES, pretrained_folder, pretrained_name
 from running.downloads import fetch_vgg16

@@ -11,13 +11,15 @@ Beside the page: summary.json with all figures; the table of results as results.
 """
 
 import contextlib
-import json
 import math
 import os
 import re
 import shutil
 from pathlib import Path
 
+from running import arguments, script  # before packages: it names a missing one
+
+# isort: split
 import jinja2
 
 from reporting.data import Source, read_logs
@@ -27,8 +29,7 @@ from reporting.reference import published_references, read_references
 from reporting.runs import RunReport
 from reporting.scores import AGREEMENTS, read_results
 from reporting.tables import write_csv, write_latex
-from running import arguments, script
-from running.files import errors_naming, locked
+from running.files import errors_naming, locked, write_json
 from running.results import code
 
 
@@ -55,7 +56,7 @@ def main():
             source.notice(line)
         published = [] if references or not reports else published_references(source)
         content = {'name': data.resolve().name, 'runs': reports, 'notices': source.notices}
-        write_json(folder / 'summary.json', summary(**content))
+        write_json(folder / 'summary.json', summary(**content), nulls=True)
         write_csv(folder / 'results.csv', reports)
         write_latex(folder / 'results.tex', reports)
         page = render(**content, logs=charts, references=references or published, published=bool(published))
@@ -121,19 +122,6 @@ def summary(name, runs, notices):
         stops = [stop | {key: stop[key]._asdict() for key in ('rounds', 'DSC')} for stop in run['stops']]
         kept.append(settings | {'results': results, 'stops': stops, 'cases': cases})
     return code() | {'name': name, 'NSD_tolerance': TOLERANCE, 'runs': kept, 'notices': notices}
-
-
-def write_json(path, content):
-    """Write JSON; numbers that JSON does not know (nan, infinite) become null."""
-
-    def known(value):
-        if isinstance(value, dict):
-            return {key: known(v) for key, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [known(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    path.write_text(json.dumps(known(content), indent=1, allow_nan=False) + '\n', encoding='utf-8')
 
 
 # --- the page ------------------------------------------------------------------------------------------------------

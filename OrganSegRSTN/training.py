@@ -11,11 +11,13 @@ import random
 from argparse import Namespace
 from pathlib import Path
 
+from running import arguments, processes, script  # before packages: it names a missing one
+
+# isort: split
 import torch
 
 from Data import load_slices, refuse_seen_cases, training_facts, varied
 from model import RSTN, DiceEntropyLoss, DSC_loss, FCN8s, get_parameters, set_precision, set_rates
-from running import arguments, processes, script
 from running.checkpoint import Run, list_checksums, seed_everything
 from running.data_folder import GOOD_LOSS, MODES, find_pretrained, snapshot_folder, snapshot_name, step_snapshots
 from running.files import atomic_write, locked

@@ -14,10 +14,12 @@ import os
 import shlex
 import sys
 
+from running import arguments, processes, script  # before packages: it names a missing one
+
+# isort: split
 from torch.nn.parallel import DistributedDataParallel
 
 import training
-from running import arguments, processes, script
 
 
 def main():

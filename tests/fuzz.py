@@ -136,10 +136,10 @@ def nifti(folder):
 def nifti_gz(folder):
     from raw_scans import write_nifti
 
-    from scans.nifti import read_nifti_label
+    from scans.nifti import open_nifti
 
     write_nifti(folder / 'a.nii.gz', np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
-    return folder / 'a.nii.gz', read_nifti_label
+    return folder / 'a.nii.gz', lambda path: open_nifti(path).label()
 
 
 def geometry(folder):

@@ -1,4 +1,4 @@
-"""Raw scans for the tests: DICOM and NIfTI files made here, and the conversion scripts run on them."""
+"""Raw scans for the tests: DICOM and NIfTI files made here, and conversions of them."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def zeros(size, packer):
 
 
 def make_slices(volume, orientation=AXIAL, start=(-10, -20, 50), spacing=(2.0, 3.0, 5.0), intercept=-1024, **tags):
-    """Return DICOM slices of a volume (rows, columns, slices) in HU, stacked against their normal as in NIH."""
+    """Return DICOM slices of a volume (rows, columns, slices) in HU, stacked downwards as in NIH."""
     across, down = np.array(orientation, float).reshape(2, 3)
     series, slices = generate_uid(), []
     for k in range(volume.shape[2]):
@@ -53,7 +53,7 @@ def make_slices(volume, orientation=AXIAL, start=(-10, -20, 50), spacing=(2.0, 3
 
 
 def enhanced(slices, frames=1):
-    """Return slices as Enhanced CT, geometry and rescale in functional groups: a file for each, or one."""
+    """Return slices as Enhanced CT, with functional groups: a file for each, or one."""
     shared, groups = Dataset(), []
     for s in slices:
         own = Dataset()
@@ -110,7 +110,7 @@ def convert(script, *arguments, cwd=None, status=0):
 
 
 def converted(call, tmp_path, script=DICOM2NPY):
-    """Convert raw/, whose one case fails; return its error line and check that nothing is left of it."""
+    """Convert raw/, whose one case fails; return its error line; nothing may be left of it."""
     done = call(script, tmp_path / 'raw', tmp_path / 'out')
     assert 'Traceback' not in done.out + done.err
     lines = [line for line in done.out.splitlines() if ': error: ' in line]

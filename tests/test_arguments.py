@@ -215,3 +215,12 @@ def test_the_first_signal_waits_for_the_end_of_a_block_and_the_second_does_not()
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         script._Signals.raised = None
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_a_python_without_packages_is_one_line_that_says_how_to_install_them(name):
+    command = [sys.executable, '-ES', CODE / name]  # without site-packages
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count('\n')) == (1, '', 1), done.stderr
+    assert done.stderr.startswith(f'{name}: error: No module named ')
+    assert done.stderr.endswith(f"install it: {sys.executable} -m pip install -r '{REPO}/requirements.txt'\n")

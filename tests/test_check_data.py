@@ -21,8 +21,10 @@ PLI = [[0, -2.0, 0, 30], [-2.0, 0, 0, 40], [0, 0, -5.0, 100], [0, 0, 0, 1]]
 
 
 def make_case(seed):
-    """(image, label) of (24, 20, 12): a body in air with a dense spine behind and a liver to the right; the organ, 1,
-    lies left in front. Organ 2 is the spine."""
+    """Return (image, label) of (24, 20, 12): a body in air with a spine behind and a liver to the right.
+
+    Organ 1 lies left in front. Organ 2 is the spine.
+    """
     rng = np.random.default_rng(seed)
     y, x, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (24, 20, 12)), indexing='ij')
     image = np.where(y**2 + x**2 < 0.85, -60.0, -1000.0)

@@ -1,4 +1,4 @@
-"""dicom2npy.py and nii2npy.py together: NIH's two layouts, and what a killed conversion leaves behind."""
+"""dicom2npy.py and nii2npy.py together: NIH's two layouts, and what a killed conversion leaves."""
 
 import numpy as np
 from raw_scans import convert, loaded, make_slices, random_volume, write_nifti, write_slices

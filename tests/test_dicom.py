@@ -1,6 +1,7 @@
-"""dicom2npy.py on DICOM series made here: what it reads, what it refuses, and the one line that says why.
+"""dicom2npy.py on DICOM series made here: what it reads and refuses, and the line that says why.
 
-Each table reads: what is wrong -> (how to make it, what the line says). Each bad series is made from six good slices.
+Each table reads: what is wrong -> (how to make it, what the line says). Each bad series is made from
+six good slices.
 """
 
 import copy
@@ -162,7 +163,7 @@ PHILIPS = ('1.3.46.670589.11.0.0.12.2', '1.2.840.10008.5.1.4.1.1.11.1', '1.2.840
 
 
 def test_objects_that_are_no_images_are_told_by_their_SOP_class(tmp_path):
-    """Philips series hold private objects, presentation states and raw data; a DICOMDIR may have any name."""
+    """Philips series hold private objects, presentation states, raw data; any name may be a DICOMDIR."""
     volume = random_volume()
     write_slices(tmp_path / 'a', make_slices(volume))
     for i, uid in enumerate((*PHILIPS, '1.2.840.10008.1.3.10')):
@@ -240,10 +241,24 @@ def test_one_acquisition_of_several_is_chosen_by_its_number(tmp_path):
     later = make_slices(second, AcquisitionNumber=2, SeriesInstanceUID=slices[0].SeriesInstanceUID)
     write_slices(tmp_path / 'raw/a', slices + later)
     said, _ = convert('dicom2npy.py', tmp_path / 'raw', tmp_path / 'out', status=1)
-    assert 'its acquisitions 1 (4 slices), 2 (4 slices) cover the same positions' in said and '--acquisition' in said
+    assert 'its acquisitions 1 (4 slices), 2 (4 slices) overlap' in said and '--acquisition' in said
     for number, volume in (('1', first), ('2', second)):
-        convert('dicom2npy.py', tmp_path / 'raw', tmp_path / number, '--acquisition', number)
+        said, _ = convert('dicom2npy.py', tmp_path / 'raw', tmp_path / number, '--acquisition', number)
+        assert f'a: acquisitions 1 (4 slices), 2 (4 slices): only {number} is read' in said
         np.testing.assert_array_equal(loaded(tmp_path / number, 'images')['a'], volume)
+    said, _ = convert('dicom2npy.py', tmp_path / 'raw', tmp_path / 'out', '--acquisition', '9', status=1)
+    assert 'no slice of acquisition 9; there are 1 (4 slices), 2 (4 slices)' in said
+
+
+def test_acquisitions_of_one_volume_are_counted_and_read_as_one(tmp_path):
+    volume = random_volume(shape=(6, 5, 6))
+    slices = make_slices(volume)
+    for s, number in zip(slices, (1, 1, 2, 2, 10, 10)):
+        s.AcquisitionNumber = number
+    write_slices(tmp_path / 'a', slices)
+    said, _ = convert('dicom2npy.py', tmp_path)
+    assert 'a: acquisitions 1 (2 slices), 2 (2 slices), 10 (2 slices): all are read' in said
+    np.testing.assert_array_equal(loaded(tmp_path, 'images')['a'], volume)
 
 
 @pytest.mark.parametrize('syntax', [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
@@ -301,7 +316,7 @@ def test_blanks_in_a_folder_become_underscores(tmp_path):
 
 
 def ramp(row, column, z):
-    """HU at a place of the patient (mm, LPS y, x, z): linear, so that linear interpolation is exact."""
+    """Return HU at a place (mm, LPS y, x, z): linear, so that linear interpolation is exact."""
     return row + 2 * column - 3 * z
 
 
@@ -490,7 +505,15 @@ SERIES = {
     ),
     'two acquisitions': (
         lambda slices: slices.extend(again(slices, AcquisitionNumber=2)),
-        "its acquisitions 1 (6 slices), 2 (6 slices) cover the same positions",
+        'its acquisitions 1 (6 slices), 2 (6 slices) overlap; keep one of them, or give dicom2npy.py --acquisition 1',
+    ),
+    'two acquisitions, the second between the slices of the first': (
+        lambda slices: [change(n, AcquisitionNumber=n % 2 + 1)(slices) for n in range(1, 7)],
+        'its acquisitions 1 (3 slices), 2 (3 slices) overlap; keep one of them, or give dicom2npy.py --acquisition 1',
+    ),
+    'an acquisition that repeats a slice of another': (
+        lambda slices: slices.extend(again(slices, AcquisitionNumber=2)[3:4]),
+        'its acquisitions 1 (6 slices), 2 (1 slices) overlap',
     ),
     'a modality table': (change(3, ModalityLUTSequence=[Dataset()]), 'a table (ModalityLUTSequence) gives its values'),
     'nothing but padding': (
@@ -616,7 +639,7 @@ def test_a_bad_file_among_slices(what, call, tmp_path):
 
 
 def compressed_slice(name, old, new):
-    """Return a compressed slice of 64 x 64 that pydicom ships, with some bytes of its code changed."""
+    """Return a compressed 64 x 64 slice that pydicom ships, with some bytes of its code changed."""
     content = Path(get_testdata_file(name, download=False)).read_bytes()
     assert content.count(old) == 1
     return content.replace(old, new)

@@ -133,6 +133,17 @@ def test_a_list_that_was_edited_by_hand_is_replaced_only_with_overwrite(data, ca
     assert path.read_text() == written
 
 
+@pytest.mark.parametrize('options', [(), ('--overwrite',)])
+def test_a_case_that_is_refused_leaves_lists_and_slices_as_they_are(data, call, options):
+    if options:
+        (data / 'lists/testing_FD0.txt').write_text('0 images/0001.npy labels/0001.npy\n')  # the user's
+    np.save(data / 'images/0001.npy', np.load(data / 'images/0001.npy') + 1)
+    np.save(data / 'images/0004.npy', np.full(SHAPES[3], np.nan, np.float32))
+    before = {file: file.read_bytes() for file in data.rglob('*') if file.is_file()}
+    assert refused(call('init.py', data, *INIT, *options), 'images/0004.npy: not all values are finite')
+    assert {file: file.read_bytes() for file in data.rglob('*') if file.is_file()} == before
+
+
 def test_a_list_that_it_does_not_write_is_never_removed(data, call):
     for name in ('mine.txt', 'testing_FD9.txt'):
         (data / 'lists' / name).write_text('0 images/0001.npy labels/0001.npy\n')
@@ -141,7 +152,7 @@ def test_a_list_that_it_does_not_write_is_never_removed(data, call):
 
 
 def test_without_a_record_a_folds_list_of_other_cases_is_a_users(data, call):
-    """As the published init.py leaves them, with absolute paths; or written by hand to test scans of one's own."""
+    """As the published init.py leaves them, with absolute paths; or written by hand."""
     path = data / 'lists/testing_FD0.txt'
     written = path.read_text()
     (data / 'init.json').unlink()

@@ -187,7 +187,7 @@ def test_any_grid_turned_any_way_comes_onto_itself_and_a_grid_a_tenth_voxel_off_
 
 @pytest.fixture
 def convert(call, monkeypatch):
-    """convert(RAW, OUT, ...): run nii2npy.py; what it printed. `status`: the exit code to expect."""
+    """Run nii2npy.py; return what it printed. `status` is the exit code to expect."""
 
     def convert(*arguments, cwd=None, status=0):
         with monkeypatch.context() as context:
@@ -561,10 +561,11 @@ PEAK = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import resource
-from scans.nifti import read_nifti_image, read_nifti_label
+from scans.nifti import open_nifti
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
-array = (read_nifti_label if sys.argv[3] == 'label' else read_nifti_image)(sys.argv[2])
+volume = open_nifti(sys.argv[2])
+array = volume.label() if sys.argv[3] == 'label' else volume.image(print)
 print(peak() - before)
 """
 

@@ -195,6 +195,26 @@ def test_a_dry_run_of_users_data_has_the_published_defaults(tmp_path, parsed):
     assert parsed('OrganSegRSTN/init.py', found['OrganSegRSTN/init.py']).folds == 4
 
 
+IMAGES = {
+    'images/a.nii': False,
+    'imagesTr/a_0000.nii.gz': False,
+    'images/a.nrrd': False,
+    'images/a b.MHA': False,
+    'imagesTr/a.mhd': False,
+    'imagesTs/a.nii.gz': True,  # scans to predict on, which nii2npy.py leaves out
+    'images/a.dcm': True,
+    'images/notes.nii.txt': True,
+}
+
+
+@pytest.mark.parametrize(('name', 'as_dicom'), IMAGES.items())
+def test_lazy_mode_looks_for_dicom_unless_there_are_images_that_nii2npy_reads(tmp_path, name, as_dicom):
+    (tmp_path / 'my raw' / name).parent.mkdir(parents=True)
+    (tmp_path / 'my raw' / name).touch()
+    done = run_sh(DRY_RUN=1, LAZY_MODE=1, DATA_PATH=tmp_path / 'data', RAW_PATH=tmp_path / 'my raw')
+    assert ('DATA2NPY/dicom2npy.py' in dict(commands(done.stdout))) == as_dicom
+
+
 def test_without_a_switch_nothing_is_done(tmp_path):
     done = run_sh(DATA_PATH=tmp_path / 'data')
     assert (done.returncode, stages(done.stdout)) == (0, [])

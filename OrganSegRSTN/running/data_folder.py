@@ -97,6 +97,11 @@ def check_case(name, image, label, organ_number):
         print(
             f'labels/{name}.npy: holds {label.max():g}, above organ_number {organ_number}: right only if you redefined is_organ'
         )
+    return whole_numbers(label)
+
+
+def whole_numbers(label):
+    """Return a label that holds whole numbers as an array of integers or booleans."""
     return label if label.dtype.kind in 'bui' else label.astype(np.int64)
 
 

@@ -68,10 +68,19 @@ def write_array(file, array):
     np.save(SimpleNamespace(write=file.write), array)
 
 
-def write_json(path, content):
-    """Write an object as JSON."""
+def write_json(path, content, nulls=False):
+    """Write an object as JSON; `nulls`: write nan and infinite numbers as null, as JSON demands."""
     with atomic_write(path, 'w') as file:
-        json.dump(content, file, indent=1)
+        json.dump(_finite(content) if nulls else content, file, indent=1)
+
+
+def _finite(value):
+    """Return a value for JSON with None for each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_volume(path, volume):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from running.data_folder import name_fault
-from running.files import LEFTOVERS, atomic_write, load_array, locked, write_array
+from running.files import LEFTOVERS, atomic_write, load_array, locked, write_array, write_json
 from scans.geometry import (
     Geometry,
     checksum,
@@ -17,12 +17,11 @@ from scans.geometry import (
     load_geometry,
     read_record,
     save_geometry,
-    write_record,
 )
 
 
 def case_name(text):
-    """Return 0001 for PANCREAS_0001, label0001 and img0001; another folder or file names its case."""
+    """Return 0001 for PANCREAS_0001, label0001 and img0001; another name is the case."""
     numbered = re.fullmatch(r'(?:PANCREAS_|label|img)(\d+)', text)
     return numbered[1] if numbered else text
 
@@ -77,7 +76,7 @@ def save_label(data_path, case, label):
     save_array(label_file(data_path, case), label)
     path = geometry_file(data_path, case)
     if content := read_record(path):
-        write_record(path, content | {'label_crc32': checksum(label)})
+        write_json(path, content | {'label_crc32': checksum(label)})
 
 
 def _partner_label(data_path, case, geometry, image_crc32):
@@ -104,7 +103,7 @@ def label_file(data_path, case):
 
 
 def convert_all(data_path, cases, convert):
-    """Call convert(case, sources) for each item of `cases`, also after failures; return the exit code."""
+    """Call convert(case, sources) for each item, also after failures; return the exit code."""
     failed = []
     with locked(Path(data_path, '.lock'), *(f'{kind}/{LEFTOVERS}' for kind in ('images', 'labels', 'geometry'))):
         for case, sources in sorted(cases.items()):

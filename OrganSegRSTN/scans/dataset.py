@@ -13,7 +13,7 @@ SCAN = re.compile(r'\.(nii(\.gz)?|nrrd|mha|mhd)$', re.IGNORECASE)
 
 
 def find(raw, where, places):
-    """Return {case: [path, ...]} in `where`, else in the `places` of `raw`; print what is left out."""
+    """Return {case: [path, ...]} in `where`, else in the `places` of `raw`; print the rest."""
     if where is None:
         patterns = [os.path.join(glob.escape(raw), place, '*') for place in places]
     elif os.path.isdir(where):
@@ -50,7 +50,7 @@ def find_files(pattern):
 
 
 def print_left_out(pattern):
-    """Print how many files that FOLDER/* matches are hidden or no scans by name, and five of them."""
+    """Print how many files of FOLDER/* are hidden or no scans by name, and five of them."""
     hidden = glob.glob(f'{pattern[:-1]}.*')
     paths = hidden + [path for path in glob.glob(pattern) if not SCAN.search(path)]
     paths = sorted(path for path in paths if not os.path.isdir(path) and not path.endswith(('.npy', '.part')))
@@ -69,9 +69,9 @@ def without_channel(images, labels):
 
 
 def read_label_names(path):
-    """Return {number: name} of a dataset.json, nnU-Net's {"spleen": 1} or Decathlon's {"1": "spleen"}.
+    """Return {number: name} of a dataset.json.
 
-    {} without such a file; ValueError if it has no labels.
+    nnU-Net writes {"spleen": 1}, Decathlon {"1": "spleen"}. {} without such a file; ValueError if it has no labels.
     """
     try:
         labels = read_json(path).get('labels', {}).items()
@@ -89,7 +89,7 @@ def read_label_names(path):
 
 
 def copy_label_names(raw, data_path):
-    """Copy raw/dataset.json, if there is one, to the data folder for report.py; print ORGAN_NUMBER."""
+    """Copy raw/dataset.json, if any, to the data folder for report.py; print ORGAN_NUMBER."""
     path, copy = Path(raw, 'dataset.json'), Path(data_path, 'dataset.json')
     try:
         names = {number: name for number, name in read_label_names(path).items() if number and name != 'ignore'}

@@ -30,16 +30,17 @@ def read_series(folder, say=print, resample=False, acquisition=None):
 
     Where the numbers do not follow the positions, the positions decide. `say` prints each note.
     A series that is incomplete, mixed, tilted or unevenly spaced raises ValueError; `resample`
-    straightens the last two. `acquisition` chooses one AcquisitionNumber of several.
+    straightens the last two. `acquisition` (str) chooses one AcquisitionNumber of several. ValueError:
+    no slice has it, or two acquisitions overlap.
     """
-    slices = _one_series(folder, _read_headers(folder, say))
-    slices = [s for s in slices if s.acquisition == acquisition] or slices
+    slices = _of_acquisition(_one_series(folder, _read_headers(folder, say)), acquisition, say)
     _check_alike(slices)
     size, geometry = (len(slices), *slices[0].size), None
     if slices[0].position is None:
         say('no positions in its headers: the order by InstanceNumber is not checked, and where it lies is unknown')
         planes = _planes(_by_number(slices))
     else:
+        _check_apart(slices)
         slices = _in_order(slices, say)
         planes, affine = _planes(slices), _affine(slices)
         if fault := _fault(slices):
@@ -184,6 +185,54 @@ def _one_series(folder, slices):
     return slices
 
 
+def _of_acquisition(slices, acquisition, say):
+    """Return the slices of one AcquisitionNumber; all of them if it is None."""
+    chosen = [s for s in slices if acquisition in (None, s.acquisition)]
+    if not chosen:
+        raise ValueError(f'{slices[0].path.parent}: no slice of acquisition {acquisition}; there are {_counts(slices)}')
+    if len({s.acquisition for s in slices}) > 1:
+        say(f'acquisitions {_counts(slices)}: {"all are" if acquisition is None else f"only {acquisition} is"} read')
+    return chosen
+
+
+def _counts(slices):
+    """Return the AcquisitionNumbers of slices as a text: 1 (4 slices), 2 (4 slices)."""
+    counts = Counter(s.acquisition or 'without a number' for s in slices)
+    parts = [f'{number} ({counts[number]} slices)' for number in sorted(counts, key=lambda n: (len(n), n))]
+    return ', '.join(parts[:5]) + (f' and {len(parts) - 5} more' if len(parts) > 5 else '')
+
+
+def _check_apart(slices):
+    """Refuse two evenly spaced acquisitions that overlap: by position they become one volume."""
+    normal, heights = _normal(slices[0]), defaultdict(list)
+    for s in slices:
+        heights[s.acquisition].append(s.position @ normal)
+    stacks = {number: np.sort(places) for number, places in heights.items()}
+    even = sorted((places[0], places[-1], number) for number, places in stacks.items() if _is_even(np.diff(places)))
+    for (_, end, one), (start, _, two) in zip(even, even[1:]):
+        if start < end - 1e-3:
+            raise ValueError(_overlap(slices, one, two))
+
+
+def _is_even(gaps):
+    """Return whether gaps, at least one, are of one length."""
+    return len(gaps) > 0 and np.abs(gaps - usual_gap(gaps)).max() <= _allowed(usual_gap(gaps))
+
+
+def _allowed(gap):
+    """Return how far (mm) a slice may lie from its place among slices with this gap."""
+    return max(UNEVEN * gap, ROUNDING)
+
+
+def _overlap(slices, one, two):
+    """Return the message for two acquisitions that overlap."""
+    counts = _counts([s for s in slices if s.acquisition in (one, two)])
+    return (
+        f'{slices[0].path.parent}: its acquisitions {counts} overlap; keep one of them, or give '
+        f'dicom2npy.py --acquisition {one or two}'
+    )
+
+
 def _check_alike(slices):
     """Refuse slices of different size, spacing or orientation, and a size that no scan has."""
     first = slices[0]
@@ -240,13 +289,9 @@ def _in_order(slices, say):
 
 def _repetition(slices, one, two):
     """Return the message for two slices at one position."""
-    counts = Counter(s.acquisition for s in slices)
-    if one.acquisition == two.acquisition:
-        return f'{two.path}: {one} and {two} lie at one position: a repeated slice'
-    return (
-        f'{two.path.parent}: its acquisitions {", ".join(f"{a} ({n} slices)" for a, n in sorted(counts.items()))} cover '
-        f'the same positions; keep one of them, or give dicom2npy.py --acquisition {one.acquisition or two.acquisition}'
-    )
+    if one.acquisition != two.acquisition:
+        return _overlap(slices, one.acquisition, two.acquisition)
+    return f'{two.path}: {one} and {two} lie at one position: a repeated slice'
 
 
 def _normal(first):
@@ -280,7 +325,7 @@ def _fault(slices):
     normal, places = _normal(slices[0]), np.array([s.position for s in slices])
     gaps = np.abs(np.diff(places @ normal))
     usual = usual_gap(gaps)
-    allowed = max(UNEVEN * usual, ROUNDING)
+    allowed = _allowed(usual)
     k = np.abs(gaps - usual).argmax()
     if abs(gaps[k] - usual) > allowed:
         what = 'a slice is missing between them' if gaps[k] > 1.5 * usual else 'the slices are not evenly spaced'

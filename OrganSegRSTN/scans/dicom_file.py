@@ -1,4 +1,4 @@
-"""Read one DICOM file without trusting it: a DicomSlice for each of its images, its pixels as HU."""
+"""Read one DICOM file without trusting it: a DicomSlice for each image, its pixels as HU."""
 
 import logging
 import os

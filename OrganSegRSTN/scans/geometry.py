@@ -6,7 +6,6 @@ transpose(1, 0, 2).
 """
 
 import itertools
-import json
 import os
 import zlib
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import nibabel.orientations as axes
 import numpy as np
 
-from running.files import atomic_write, read_json
+from running.files import read_json, write_json
 
 PUBLISHED = (1, 0, 2)
 TOLERANCE = 0.1  # voxels by which the corners of two grids may differ
@@ -95,7 +94,7 @@ def save_geometry(path, geometry, **partners):
         'source': os.path.abspath(geometry.source),
         'type': geometry.type,
     }
-    write_record(path, content | partners)
+    write_json(path, content | partners)
 
 
 def load_geometry(path, shape=None, image=None):
@@ -162,12 +161,6 @@ def read_record(path):
         return {}
     except ValueError as error:
         raise ValueError(f'{path}: not a geometry ({error!r}); convert its image again') from None
-
-
-def write_record(path, content):
-    """Write geometry/CASE.json."""
-    with atomic_write(path, 'w') as file:
-        json.dump(content, file)
 
 
 # --- a label onto its image ----------------------------------------------------------------------------------------

@@ -29,11 +29,6 @@ def is_nifti_name(path):
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def add_option(parser):
-    """Add --nifti, for a stage that calls `export`."""
-    parser.add_argument('--nifti', action='store_true', help='write the final predictions as .nii.gz, too')
-
-
 def export(args, npz, mask, case):
     """With --nifti, write the mask (W, H, L) of a Case beside its .npz, axes as in the array."""
     if getattr(args, 'nifti', False):
@@ -99,14 +94,8 @@ def read_nifti_image(path, say=print):
     return open_nifti(path, say).image(say)
 
 
-def read_nifti_label(path, say=print):
-    """Read a label: (uint8 array, its Geometry), axes as in the file; see voxels.Volume."""
-    volume = open_nifti(path, say)
-    return volume.label(), volume.geometry
-
-
 def open_nifti(path, say=print):
-    """Return the Volume of a 3D file; `say` prints what is odd about it. ValueError: no such file."""
+    """Return the Volume of a 3D file; `say` prints what is odd in it. ValueError: no such file."""
     with _readable(path):
         header = nifti_header(path)
         shape = header.get_data_shape()
