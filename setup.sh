@@ -5,7 +5,7 @@ fail() {
   echo "$1" >&2
   exit 1
 }
-own='name a python that has requirements.txt installed: PYTHON=... bash run.sh'
+another='name a python that has requirements.txt installed: PYTHON=... bash run.sh'
 
 if [[ -n ${PYTHON:-} ]]; then
   command -v "$PYTHON" >/dev/null || fail "PYTHON is '$PYTHON': there is no such command"
@@ -23,10 +23,10 @@ else
   wanted=$(cat "$HERE/requirements.txt" "$HERE"/SWIG_fast_functions/{*.toml,*.h,*.cc,*.i,setup.py} | cksum)
   if [[ $(cat "$HERE/.venv/ready" 2>/dev/null) != "$wanted" ]]; then
     [[ -w $HERE && ( ! -e $HERE/.venv || -w $HERE/.venv ) ]] ||
-      fail "$HERE cannot be written to, so .venv cannot be made there; $own"
+      fail "$HERE cannot be written to, so .venv cannot be made there; $another"
     echo "#### set-up: $HERE/.venv (once; some minutes)"
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
-      fail "python3 is not 3.10 or newer; $own"
+      fail "python3 is not 3.10 or newer; $another"
     python3 -m venv "$HERE/.venv" ||
       fail 'python3 -m venv failed (Debian, Ubuntu: apt-get install python3-venv)'
     (cd "$HERE" && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt) ||
