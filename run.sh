@@ -119,7 +119,7 @@ pretraining() {
     script "${pretrain[@]}" --width "$PRETRAINING_WIDTH" --learning_rate "$PRETRAINING_LEARNING_RATE" \
       --crop_margin "$TRAINING_MARGIN" --resume --precision "$PRECISION" ${SEED:+--seed "$SEED"} \
       ${PRETRAINED:+--start "$DATA_PATH/models/pretrained/fcn8s_from_$converted.pth"}
-    [[ $RECIPE == fast ]] || echo '#### RECIPE=fast trains better masks in less time from this start (docs/training.md)'
+    [[ $RECIPE == fast ]] || echo '# RECIPE=fast trains better masks in less time from this start (docs/training.md)'
   fi
 }
 

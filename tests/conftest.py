@@ -37,6 +37,11 @@ SHAPES = [(14, 16, 7), (16, 14, 6), (12, 16, 8), (14, 14, 6)]
 FOLDER = 'SIJ_training_1e-5x10,4'  # of the tiny settings below
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the longest file, so that no process waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != 'test_golden.py')
+
+
 # --- running scripts -----------------------------------------------------------------------------------------------
 
 

@@ -112,6 +112,7 @@ def bf16(tmp_path_factory):
         snapshot.unlink()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('stage_folder', ['coarse_testing_1e-5x10,20/FD0:fusion', 'coarse2fine_testing_1e-5x10,20'])
 def test_bf16_is_within_a_hundredth_of_every_DSC(bf16, stage_folder):
     (path,) = (path for path in TEXTS if str(path).startswith(f'results/{stage_folder}'))

@@ -423,7 +423,7 @@ def test_the_demos_settings_go_with_its_folder_which_takes_no_other_scans(tmp_pa
     (tmp_path / 'phantom').mkdir()
     done = run_sh(DRY_RUN=1, ENABLE_COARSE2FINE_TESTING=1, DATA_PATH=tmp_path)
     [command] = commands(done.stdout)
-    assert parsed(*command).learning_rate1 == '1e-4'
+    assert parsed(*command).learning_rate1 == '1e-3'
     done = run_sh(DRY_RUN=1, LAZY_MODE=1, DATA_PATH=tmp_path, RAW_PATH=tmp_path / 'raw')
     assert (done.returncode, commands(done.stdout)) == (2, [])
     assert "is the demo's folder: name another DATA_PATH" in done.stderr
