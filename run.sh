@@ -187,10 +187,13 @@ training() {
 #   slice_thickness organ_ID plane GPU_ID learning_rate1 learning_rate_m1 learning_rate2
 #   learning_rate_m2 crop_margin crop_prob crop_sample_batch epoch_S epoch_I epoch_J epoch_step
 #   timestamp1 [timestamp2]
-coarse_testing() {
-  script_on "$gpu" OrganSegRSTN/coarse_testing.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "$plane" "$gpu" \
-    "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" "$COARSE_TIMESTAMP1" "$COARSE_TIMESTAMP2" \
+testing() {  # STEP TIMESTAMP1 TIMESTAMP2: test one plane, coarse or oracle
+  script_on "$gpu" "OrganSegRSTN/$1_testing.py" "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "$plane" "$gpu" \
+    "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" "${@:2}" \
     --recipe "$RECIPE" --average "$AVERAGE" --precision "$PRECISION" ${WRITE_NIFTI:+--nifti} ${OVERWRITE:+--overwrite}
+}
+coarse_testing() {
+  testing coarse "$COARSE_TIMESTAMP1" "$COARSE_TIMESTAMP2"
 }
 
 #### Coarse fusion #################################################################################
@@ -203,11 +206,14 @@ coarse_testing() {
 #   slice_thickness organ_ID GPU_ID learning_rate1 learning_rate_m1 learning_rate2 learning_rate_m2
 #   crop_margin epoch_S epoch_I epoch_J epoch_step threshold timestamp1_X timestamp1_Y timestamp1_Z
 #   [timestamp2_X timestamp2_Y timestamp2_Z]
-coarse_fusion() {
-  script OrganSegRSTN/coarse_fusion.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "$CURRENT_GPU" \
-    "${RATES[@]}" "${EPOCHS[@]}" "$COARSE_FUSION_THRESHOLD" \
-    "$COARSE_TIMESTAMP1_X" "$COARSE_TIMESTAMP1_Y" "$COARSE_TIMESTAMP1_Z" \
+fusion() {  # STEP THRESHOLD TIMESTAMPS...: fuse the planes' volumes of coarse or oracle testing
+  script "OrganSegRSTN/$1_fusion.py" "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "$CURRENT_GPU" \
+    "${RATES[@]}" "${EPOCHS[@]}" "${@:2}" \
     --recipe "$RECIPE" ${WRITE_NIFTI:+--nifti} ${OVERWRITE:+--overwrite}
+}
+coarse_fusion() {
+  fusion coarse "$COARSE_FUSION_THRESHOLD" \
+    "$COARSE_TIMESTAMP1_X" "$COARSE_TIMESTAMP1_Y" "$COARSE_TIMESTAMP1_Z"
 }
 
 #### Oracle testing ################################################################################
@@ -217,9 +223,7 @@ coarse_fusion() {
 : "${ORACLE_TIMESTAMP1:=$TRAINING_TIMESTAMP}"
 # oracle_testing.py: as coarse_testing.py
 oracle_testing() {
-  script_on "$gpu" OrganSegRSTN/oracle_testing.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "$plane" "$gpu" \
-    "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" "$ORACLE_TIMESTAMP1" "$ORACLE_TIMESTAMP2" \
-    --recipe "$RECIPE" --average "$AVERAGE" --precision "$PRECISION" ${WRITE_NIFTI:+--nifti} ${OVERWRITE:+--overwrite}
+  testing oracle "$ORACLE_TIMESTAMP1" "$ORACLE_TIMESTAMP2"
 }
 
 #### Oracle fusion #################################################################################
@@ -230,10 +234,8 @@ oracle_testing() {
 : "${ORACLE_TIMESTAMP1_Z:=$ORACLE_TIMESTAMP1}"
 # oracle_fusion.py: as coarse_fusion.py
 oracle_fusion() {
-  script OrganSegRSTN/oracle_fusion.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "$CURRENT_GPU" \
-    "${RATES[@]}" "${EPOCHS[@]}" "$ORACLE_FUSION_THRESHOLD" \
-    "$ORACLE_TIMESTAMP1_X" "$ORACLE_TIMESTAMP1_Y" "$ORACLE_TIMESTAMP1_Z" \
-    --recipe "$RECIPE" ${WRITE_NIFTI:+--nifti} ${OVERWRITE:+--overwrite}
+  fusion oracle "$ORACLE_FUSION_THRESHOLD" \
+    "$ORACLE_TIMESTAMP1_X" "$ORACLE_TIMESTAMP1_Y" "$ORACLE_TIMESTAMP1_Z"
 }
 
 #### Coarse-to-fine testing ########################################################################

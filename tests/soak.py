@@ -1,7 +1,7 @@
 """A soak: many tiny cases through init, coarse testing, fusion and coarse to fine; does memory or do open files grow?
 
 Every stage is the script itself, in a process of its own, whose resident memory and open files are looked at each time
-another case is done. The last quarter of the cases is held against the second (the first warms up).
+another case is done. The last quarter of the cases is compared with the second (the first warms up).
 
 Usage: python tests/soak.py [--cases N] [--json FILE]    Exit code 1 if anything grows. 200 cases take some minutes.
 """

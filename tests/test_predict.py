@@ -110,7 +110,9 @@ def canonical(snapshots, tmp_path_factory):
     predicted(folder / 'scan.nii', folder / 'mask.nii', *snapshots, '--rounds', 1, '--probability', folder / 'p.nii')
     mask, probability = mask_of(folder / 'mask.nii'), mask_of(folder / 'p.nii')
     assert mask[organ].all() and mask.mean() < 0.5, 'the organ is found'
-    assert all((turned(mask, (0, 1, 2), flips) != mask).any() for _, flips in TURNS[1:8]), 'a mask that tells its sides'
+    assert all((turned(mask, (0, 1, 2), flips) != mask).any() for _, flips in TURNS[1:8]), (
+        'every turn must change the mask'
+    )
     return mask, probability
 
 

@@ -336,7 +336,7 @@ def test_a_failure_under_torchrun_ends_with_its_line(data):
     assert 'FD0:ZJ3_1.pkl: no such weights' in done.stderr.splitlines()[-2]
 
 
-# --- what a run tells of itself ------------------------------------------------------------------------------------
+# --- what a run logs about itself ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
