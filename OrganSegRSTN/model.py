@@ -13,9 +13,7 @@ from torch import nn
 import ring
 from running.weights import check_facts, check_shapes, description, load_weights
 
-PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
-
-
+DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 LAST_OF_BLOCK = ('conv1_2', 'conv2_2', 'conv3_3', 'conv4_3', 'conv5_3')  # pooling follows
 OUTSIDE = -9999999.0  # logit of every pixel outside the fine network's box: probability 0
 
@@ -77,6 +75,8 @@ class FCN8s(nn.Module):
 
     def forward(self, x):
         seen = ring.features(self, x)  # = self.features(x), faster
+        if self.dtype is torch.float16 and not all(torch.isfinite(activations).all() for activations in seen):
+            raise ValueError('precision fp16: the activations of these weights exceed its range; give fp32')
         pool3, pool4, fc7 = (activations.to(self.score_fr.weight.dtype) for activations in seen)
         return self.upsample(self.score_pool3(pool3), self.score_pool4(pool4), self.score_fr(fc7), x.shape[2:])
 
@@ -261,13 +261,13 @@ def get_parameters(model, coarse=True, bias=False, parallel=False):
 
 
 def set_precision(model, precision, store=False):
-    """Make every FCN-8s in `model` compute in 'fp32' or 'bf16'; `store` also converts its weights (for testing).
+    """Make every FCN-8s in `model` compute in a precision of DTYPES; `store` also converts its weights (for testing).
 
     Score layers, upsampling, saliency and loss stay in float32, and so do the optimizer's weights.
     """
     for net in model.modules():
         if isinstance(net, FCN8s):
-            net.dtype = PRECISIONS[precision]
+            net.dtype = DTYPES[precision]
             if store:
                 for name, layer in net.named_children():
                     if name.startswith(('conv', 'fc')):

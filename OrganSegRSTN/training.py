@@ -25,10 +25,11 @@ from running.results import start
 from running.weights import check_shapes, describe, description, load_weights, missing_weights
 
 
-def main(wrap=lambda model, device: model):
-    """Train; wrap(model, device) returns the model that takes the steps (see training_parallel.py)."""
+def main(wrap=lambda model, mode, recipe: model):
+    """Train; wrap(model, mode, recipe) returns the model that takes the steps of a mode (see training_parallel.py)."""
     args = parse()
     processes.quiet()
+    args.precision = processes.pick_precision(args.precision, processes.pick_device(args.GPU_ID))
     run = Run(checkpoint_path(args), args, **list_checksums(args, args.plane))
     with lock(args):
         state = run.load() if args.resume else None
@@ -87,11 +88,12 @@ def train(args, run, state, device, wrap):
     rates = 'learning_rate1 learning_rate_m1' if args.joint_from is None else 'learning_rate2 learning_rate_m2'
     optimizer = recipe.make_optimizer(model, *(getattr(args, rate) for rate in rates.split()))
     run.restore(state, model=model, optimizer=optimizer)
-    wrapped = wrap(model, device)
-    mode = MODES[0]
+    mode, wrapped = MODES[0], {}
     try:
         for mode, epoch in run.epochs(schedule(args)):
-            train_epoch(args, run, mode, epoch, wrapped, optimizer, slices, device, recipe)
+            if mode not in wrapped:
+                wrapped = {mode: wrap(model, mode, recipe)}
+            train_epoch(args, run, mode, epoch, wrapped[mode], optimizer, slices, device, recipe)
             end_epoch(args, run, mode, epoch, model, optimizer, recipe)
     except script.Terminated:
         raise
@@ -268,7 +270,7 @@ def train_epoch(args, run, mode, epoch, model, optimizer, slices, device, recipe
     name = f'{args.current_fold}{args.plane}{mode} Epoch[{epoch + 1}/{epochs(args, mode)}]'
     for index, (image, label) in run.steps(slices):
         step = recipe.step(run, model, optimizer, mode, image, label, device)
-        coarse, fine, avg = processes.mean(step, device)
+        coarse, fine, avg = processes.mean(step)
         run.losses.add((coarse, fine, avg))
         if not math.isfinite(avg):
             raise ValueError(f'{name}, Iter[{index:05d}]: the loss is {avg}; start again with a lower learning rate')
@@ -329,6 +331,7 @@ def convergence(mode, avg):
 class Published:
     """Section 4.1: SGD on the soft Dice of the slices as they are; the rates halve in mode J."""
 
+    coarse_steps = False  # whether some steps are of the coarse network only
     make_optimizer = staticmethod(make_optimizer)
 
     def step(self, run, model, optimizer, mode, image, label, device):
@@ -348,6 +351,8 @@ class Fast(Published):
 
     In three of seven steps the coarse network learns from any slice as well: most slices are without the organ.
     """
+
+    coarse_steps = True
 
     def __init__(self, args, slices):
         self.steps_of_epoch = len(slices) // processes.world_size()
