@@ -298,17 +298,20 @@ def end_epoch(args, run, mode, epoch, model, optimizer, recipe):
 def train_step(model, optimizer, mode, image, label, criterion=None):
     """Take one step on 1/3 coarse + 2/3 fine loss (equation 4); return the (coarse, fine, avg) losses before it.
 
+    image: on the model's device; label: on the CPU, where the boxes of modes S and I are looked up.
     With T fine iterations the weights are 1 / (2T + 1) and 2 / (2T + 1) each, and `fine` is their mean.
     criterion: the loss of a probability and a label, by default DSC_loss.
     """
     criterion = criterion or DSC_loss()
-    coarse, *fines = (criterion(probability, label) for probability in model(image, label, mode))
+    probabilities = model(image, label, mode)
+    label = label.to(image.device, non_blocking=True)
+    coarse, *fines = (criterion(probability, label) for probability in probabilities)
     fine = sum(fines) / len(fines)
     loss = (coarse + 2 * len(fines) * fine) / (2 * len(fines) + 1)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return coarse.item(), fine.item(), loss.item()
+    return tuple(torch.stack([coarse, fine, loss]).tolist())  # a GPU is waited for once
 
 
 def coarse_step(model, optimizer, image, label):
@@ -336,7 +339,7 @@ class Published:
 
     def step(self, run, model, optimizer, mode, image, label, device):
         """Train on a sample; return its (coarse, fine, avg) losses."""
-        return train_step(model, optimizer, mode, image.to(device), label.to(device))
+        return train_step(model, optimizer, mode, image.to(device), label)
 
     def end_epoch(self, args, mode, epoch, optimizer):
         """Halve the rates when due."""
@@ -372,8 +375,8 @@ class Fast(Published):
         if run.position % 7 in (1, 3, 5):
             image_of_any, label_of_any = self.whole[random.randrange(len(self.whole))]
             coarse_step(model, optimizer, *(tensor[None].to(device) for tensor in varied(image_of_any, label_of_any)))
-        image, label = (tensor[None].to(device) for tensor in varied(image[0], label[0]))
-        return train_step(model, optimizer, mode, image, label, DiceEntropyLoss())
+        image, label = (tensor[None] for tensor in varied(image[0], label[0]))
+        return train_step(model, optimizer, mode, image.to(device), label, DiceEntropyLoss())
 
     def end_epoch(self, args, mode, epoch, optimizer):
         pass

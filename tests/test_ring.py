@@ -83,6 +83,34 @@ def test_an_image_without_content(fill):
         assert distance(fast(x), plain(x)) < 1e-10
 
 
+# --- sizes that differ, and zeros -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 2e-5), (torch.float64, 1e-12)], ids=str)
+def test_images_of_several_sizes_have_the_logits_that_each_has_alone(dtype, tolerance):
+    plain, fast = twins(width=8, dtype=dtype)
+    images = [image(3, *size, dtype=dtype) for size in ((33, 50), (20, 9), (49, 66), (96, 40), (96, 40))]
+    with torch.inference_mode():
+        for mine, one in zip(fast.several(images), images, strict=True):
+            assert mine.shape == one.shape
+            assert distance(mine, plain(one[None])[0]) < tolerance
+
+
+@pytest.mark.parametrize('box', [(0, 7, 30, 41), (3, 4, 2, 3), (20, 60, 0, 41), (0, 0, 0, 0)], ids=str)
+def test_zeros_around_an_image_are_not_computed_and_change_nothing(box):
+    plain, fast = twins()
+    a0, a1, b0, b1 = box
+    x = torch.zeros(2, 3, 60, 41, dtype=torch.float64)
+    x[1, :, a0:a1, b0:b1] = image(3, a1 - a0, b1 - b0) + 0.1
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            mine = fast(x)
+        assert distance(mine, plain(x)) < 1e-10
+        with FlopCounterMode(display=False) as full:
+            fast(x + 0.1)
+    assert counter.get_total_flops() < full.get_total_flops()
+
+
 # --- training ------------------------------------------------------------------------------------------------------
 
 
@@ -191,8 +219,8 @@ def test_stretch_repeats_the_middle_of_a_background():
 
 def test_align_pads_to_whole_windows_of_pooling():
     """Windows begin at even places. 3 .. 6, two convolutions later 1 .. 8: one more on the left, one on the right."""
-    deviation, start = ring.align(torch.ones(1, 1, 4, 5), start=3, convs=2)
-    assert start == 2
+    deviation, start = ring.align(torch.ones(1, 1, 4, 5), start=[3, 3], convs=2)
+    assert start == [2, 2]
     assert deviation.shape == (1, 1, 1 + 4 + 1, 1 + 5 + 0)
     assert deviation.sum() == 4 * 5
 
@@ -201,7 +229,7 @@ def test_align_pads_to_whole_windows_of_pooling():
 def test_a_convolution_as_matrix_product(n, a, b):
     layer, x = nn.Conv2d(4, 5, 7).double(), image(n, 4, a, b)
     with torch.no_grad():
-        assert distance(ring.as_matrix_product(layer, x), layer(x)) < 1e-12
+        assert distance(ring.as_matrix_products(layer, [x])[0], layer(x)) < 1e-12
 
 
 @pytest.mark.parametrize('n', [1, 9, 40])
@@ -236,7 +264,7 @@ def test_bf16_computes_in_bf16_and_scores_in_float32():
     x = image(2, 3, 40, 37, dtype=torch.float32)
     wanted = plain(x)
     set_precision(fast, 'bf16')
-    assert {pool.dtype for pool in ring.early_blocks(fast, x.bfloat16())} == {torch.bfloat16}
+    assert {pool.dtype for pool in ring.early_blocks(fast, [x.bfloat16()])[0]} == {torch.bfloat16}
     mine = fast(x)
     assert mine.dtype == torch.float32
     assert 1e-6 < distance(mine, wanted) < 0.03
