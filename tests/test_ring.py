@@ -1,6 +1,7 @@
 """ring.py against the plain network: the same logits and gradients at every size, for far fewer operations."""
 
 import copy
+from argparse import Namespace
 from itertools import product
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ring
-from model import FCN8s, set_precision
+from model import DTYPES, FCN8s, set_precision
 
 
 class PlainFCN8s(FCN8s):
@@ -273,6 +274,39 @@ def test_bf16_computes_in_bf16_and_scores_in_float32():
     assert kept['fc6.weight'] == kept['conv1_1.bias'] == torch.bfloat16
     assert kept['score_fr.weight'] == kept['upscore8.weight'] == torch.float32
     assert distance(fast(x), mine) < 0.01
+
+
+def test_the_plain_network_computes_in_bf16_where_the_ring_does_not_pay(monkeypatch):
+    plain, fast = (net.train() for net in twins(width=8, dtype=torch.float32))
+    x = image(1, 3, 33, 40, dtype=torch.float32)
+    wanted = gradients(plain, x)
+    set_precision(fast, 'bf16')
+    monkeypatch.setattr(ring, 'pays', lambda *_: False)
+    monkeypatch.setattr(ring, 'features', None)
+    mine = gradients(fast, x)
+    for name, gradient in mine.items():
+        assert gradient.dtype == torch.float32
+        assert F.cosine_similarity(gradient.flatten(), wanted[name].flatten(), 0) > 0.95, name
+
+
+def test_a_range_that_fp16_exceeds_is_an_error():
+    _, fast = twins(width=8, dtype=torch.float32)
+    set_precision(fast, 'fp16', store=True)
+    x = image(1, 3, 20, 20, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.isfinite(fast(x)).all()
+        fast.conv3_1.weight.mul_(1e5)
+        with pytest.raises(ValueError, match='precision fp16: .+ give fp32'):
+            fast(x)
+
+
+def test_the_ring_pays_on_a_CPU_and_in_strict_float32(monkeypatch):
+    on_card = Namespace(is_cuda=True)
+    for precision, TF32, pays in (('fp32', False, True), ('tf32', True, False), ('bf16', False, False)):
+        monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', TF32)
+        net = Namespace(dtype=DTYPES[precision])
+        assert ring.pays(net, on_card) == pays
+        assert ring.pays(net, torch.zeros(1))
 
 
 def test_bf16_gradients_reach_float32_weights():
