@@ -22,10 +22,10 @@ from running.files import load_volume, save_volume
 from running.results import Checksums, Results, case_settings, lock_folders, prepare_folder, start
 from running.weights import missing_weights
 from scans.nifti import export
-from utils import DSC_computation
+from utils import DSC_computation, to_unit
 from volumes.planes import SliceAverage, plane_view, slice_window
 
-PIXELS_AT_ONCE = {'cpu': 2**16, 'cuda': 2**20}  # of the slice windows in a batch
+PIXELS_AT_ONCE = {'cpu': 2**17, 'cuda': 2**20}  # of the slice windows in a batch
 SMALL = (np.bool_, np.uint8, np.int16)  # types that travel to a device as they are
 SALIENCY_REACH = 3  # pixels: of its convolutions of 3 x 3 and 5 x 5
 
@@ -107,7 +107,7 @@ def predict_volume(net, image, plane, settings, label=None, score=None, mask=Non
             for name, view in views.items()
             if name != 'image'
         }
-        inputs['image'] = unit_tensor(views['image'][ids.to(device)], *settings.intensity_window)  # (N, 3, A, B)
+        inputs['image'] = to_unit(views['image'][ids.to(device)], *settings.intensity_window)  # (N, 3, A, B)
         for j, output in zip(places, net(**inputs)):
             average.add(j, output)
     return average.volume()
@@ -117,12 +117,6 @@ def slices_on(device, volume, plane):
     """Return a volume (W, H, L) on a device as (slices, A, B): int16 and uint8 as they are, other numbers as float32."""
     volume = np.require(volume if volume.dtype in SMALL else volume.astype(np.float32), requirements='W')
     return torch.from_numpy(plane_view(volume, plane)).to(device)
-
-
-def unit_tensor(image, low_range, high_range):
-    """Do what utils.to_unit does, for a tensor."""
-    width = torch.full((), high_range - low_range, device=image.device)  # CUDA would multiply by a number's reciprocal
-    return image.float().clamp_(low_range, high_range).sub_(low_range).div_(width)
 
 
 def to_bytes(probability):
