@@ -32,7 +32,8 @@ def pick_device(GPU_ID):
         return torch.device('cpu')
     if twice := next((one for one in GPU_IDs if one != 'cpu' and GPU_IDs.count(one) > 1), None):
         raise ValueError(f'GPU_ID {GPU_ID} names device {twice} twice; each process needs one of its own')
-    with warnings.catch_warnings(action='ignore'):  # an old driver is an error below
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # an old driver is an error below
         found = torch.cuda.is_available()
     if not found:
         if has_card():

@@ -115,7 +115,7 @@ def predict_volume(net, image, plane, settings, label=None, score=None, mask=Non
 
 def slices_on(device, volume, plane):
     """Return a volume (W, H, L) on a device as (slices, A, B): int16 and uint8 as they are, other numbers as float32."""
-    volume = np.require(volume if volume.dtype in SMALL else volume.astype(np.float32), requirements='W')
+    volume = np.require(volume if volume.dtype in SMALL else volume.astype(np.float32), requirements=['C', 'W'])
     return torch.from_numpy(plane_view(volume, plane)).to(device)
 
 
