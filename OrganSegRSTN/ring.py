@@ -19,7 +19,8 @@ to 16 pixels, the deviation on its reach alone, outside of which it is 0, as zer
     x = level + d    =>    conv(x, w) + b = conv(d, w) + v,  where v = conv(level, w) + b is read off the canvas
                            relu(conv(x, w) + b) = relu(v) + d',  d' = relu(conv(d, w) + v) - relu(v)
 
-and max pooling commutes with subtracting a constant. conv5_1 and after see the sum of the two. fc6 is computed as the
+and max pooling commutes with subtracting a constant. So is air around the body, which clips to 0, not computed in
+testing, and images of several sizes can share a canvas of deviations. conv5_1 and after see the sum of the two. fc6 is computed as the
 matrix product that it is: as a convolution to a few pixels it spends its time on rearranging 100 M weights.
 
 Everything is differentiable and nothing is remembered between calls: these are the plain network's logits and gradients

@@ -251,7 +251,7 @@ def test_without_a_card_the_CPU_is_taken_and_said(monkeypatch, capsys):
     [
         (None, None, '', 'is built without CUDA; install another'),
         ('13.0', '', '', "CUDA_VISIBLE_DEVICES is ''; unset it"),
-        ('13.0', None, 'The NVIDIA driver on your system is too old (found version 12020).', 'is too old for CUDA 13.0; update it'),
+        ('13.0', '0', 'The NVIDIA driver on your system is too old (found version 12020).', 'is too old for CUDA 13.0; update it'),
         ('13.0', None, 'No CUDA GPUs are available', 'no card is visible .+ --gpus all'),
     ],
 )  # fmt: skip
@@ -275,6 +275,7 @@ def test_a_card_that_cannot_be_used_is_an_error_with_its_cure(monkeypatch, built
     [
         ('sm_80', (8, 6), True), ('sm_86', (8, 0), False), ('sm_75', (6, 1), False), ('sm_60', (6, 1), True),
         ('sm_90a', (9, 0), True), ('sm_75', (8, 0), False), ('compute_120', (12, 1), True), ('compute_90', (10, 3), True),
+        ('gfx90a', (9, 0), True),
     ],
 )  # fmt: skip
 def test_which_code_runs_on_which_card(architecture, capability, runs):

@@ -59,19 +59,19 @@ def why_without_CUDA():
     """Return why PyTorch finds no CUDA device on a machine that has a card, and the cure."""
     if torch.version.cuda is None:
         return f'this PyTorch, {torch.__version__}, is built without CUDA; install another (docs/machines.md)'
-    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
-    if visible is not None:
-        return f'no card is visible, CUDA_VISIBLE_DEVICES is {visible!r}; unset it'
+    reason = ''
     try:
         torch.cuda.init()
     except RuntimeError as error:
-        if 'too old' in str(error):
-            return (
-                f'the NVIDIA driver is too old for CUDA {torch.version.cuda}; update it, or install the PyTorch of an '
-                'older CUDA (docs/machines.md)'
-            )
-        return f'no card is visible ({str(error).splitlines()[0]}); start a container with --gpus all'
-    return 'no card is visible; see nvidia-smi'
+        reason = str(error)
+    if 'too old' in reason:
+        return (
+            f'the NVIDIA driver is too old for CUDA {torch.version.cuda}; update it, or install the PyTorch of an '
+            'older CUDA (docs/machines.md)'
+        )
+    if (visible := os.environ.get('CUDA_VISIBLE_DEVICES')) is not None:
+        return f'no card is visible, CUDA_VISIBLE_DEVICES is {visible!r}; unset it'
+    return f'no card is visible ({reason.partition(".")[0]}); start a container with --gpus all'
 
 
 def check_architecture(device):
@@ -85,9 +85,14 @@ def check_architecture(device):
 
 
 def runs_on(architecture, capability):
-    """Return whether code for an architecture, such as `sm_80` or `compute_80`, runs on a card of `capability` (8, 6)."""
-    kind, major, minor = re.fullmatch(r'(sm|compute)_(\d+)(\d)[af]?', architecture).groups()
-    code = int(major), int(minor)
+    """Return whether code for an architecture, such as `sm_80` or `compute_80`, runs on a card of `capability` (8, 6).
+
+    Of architectures with other names, which are not NVIDIA's, nothing is known: they may.
+    """
+    found = re.fullmatch(r'(sm|compute)_(\d+)(\d)[af]?', architecture)
+    if not found:
+        return True
+    kind, code = found[1], (int(found[2]), int(found[3]))
     return code <= capability and (kind == 'compute' or code[0] == capability[0])
 
 
