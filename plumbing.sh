@@ -95,7 +95,9 @@ check_settings() {
     matching "$gpu( +$gpu){2}" 'one for each of X, Y and Z' PLANE_GPUS
   matching "$gpu" 'the number of a GPU, or cpu, or several such as 0,1' \
     {CURRENT,TRAINING,COARSE_TESTING,ORACLE_TESTING,COARSE2FINE_TESTING}_GPU
-  matching 'fp32|bf16' 'fp32 or bf16' PRECISION
+  matching 'fp32|tf32|bf16|fp16|auto' 'fp32, tf32, bf16, fp16 or auto' PRECISION
+  [[ $PRECISION != fp16 || $LAZY_MODE$ENABLE_PRETRAINING$ENABLE_TRAINING == 000 ]] ||
+    refuse 'PRECISION is fp16, which is for testing only: train in fp32, tf32 or bf16'
   matching 'published|fast' 'published or fast' RECIPE
   matching '[01]' '0 or 1' PRETRAINED_FURTHER
   [[ $PRETRAINED == '' || $PRETRAINED == vgg16 || -f $PRETRAINED ]] || refuse "PRETRAINED is '$PRETRAINED': not vgg16, and no such file"

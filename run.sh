@@ -37,7 +37,7 @@ source "$HERE/plumbing.sh"
 : "${DATA_PATH:=$HERE/data}"            # images/, labels/, and all that is made of them
 : "${RAW_PATH:=}"                       # raw scans to convert
 : "${PYTHON:=}"                         # the python of your own environment; empty: .venv is made beside run.sh
-: "${PRECISION:=fp32}"                  # bf16: faster on CPUs and GPUs that have it; DSCs differ in the third digit
+: "${PRECISION:=fp32}"                  # tf32, bf16, fp16 (testing), auto: faster where the device has it (docs/speed.md)
 : "${SEED:=}"                           # a whole number makes pretraining and training repeatable
 
 # for convenience: the defaults of each stage below

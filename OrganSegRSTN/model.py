@@ -13,9 +13,7 @@ from torch import nn
 import ring
 from running.weights import check_facts, check_shapes, description, load_weights
 
-PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
-
-
+DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 LAST_OF_BLOCK = ('conv1_2', 'conv2_2', 'conv3_3', 'conv4_3', 'conv5_3')  # pooling follows
 OUTSIDE = -9999999.0  # logit of every pixel outside the fine network's box: probability 0
 
@@ -76,9 +74,25 @@ class FCN8s(nn.Module):
                     x = F.max_pool2d(x, 2, ceil_mode=True)
 
     def forward(self, x):
-        seen = ring.features(self, x)  # = self.features(x), faster
+        if ring.pays(self, x):
+            return self.logits(ring.features(self, x), x.shape[2:])  # = self.features(x), faster
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16)):
+            seen = self.features(x)
+        return self.logits(seen, x.shape[2:])
+
+    def several(self, images):
+        """Return the logits (n_class, A, B) of each of `images` (3, A, B), whose sizes may differ."""
+        if len(images) == 1:
+            return [self(images[0][None])[0]]
+        seen = ring.features_of_sizes(self, [image[None] for image in images])
+        return [self.logits(one, image.shape[1:])[0] for one, image in zip(seen, images)]
+
+    def logits(self, seen, size):
+        """Return the logits (N, n_class, *size) of what the score layers see: pool3, pool4, fc7."""
+        if self.dtype is torch.float16 and not all(torch.isfinite(activations).all() for activations in seen):
+            raise ValueError('precision fp16: the activations of these weights exceed its range; give fp32')
         pool3, pool4, fc7 = (activations.to(self.score_fr.weight.dtype) for activations in seen)
-        return self.upsample(self.score_pool3(pool3), self.score_pool4(pool4), self.score_fr(fc7), x.shape[2:])
+        return self.upsample(self.score_pool3(pool3), self.score_pool4(pool4), self.score_fr(fc7), size)
 
     def features(self, x):
         """Return the inputs of the score layers, plainly: pool3 at 1/8, pool4 at 1/16, fc7 at 1/32 of the padded size."""
@@ -120,6 +134,7 @@ class RSTN(nn.Module):
     TEST None trains: forward(image, label, mode) -> (coarse probability, fine probability), mode 'S', 'I' or 'J';
     in I and J it returns fine_iterations (the paper's T) fine ones, each made from the one before it.
     TEST 'C', 'O' or 'F' tests: forward -> one probability. All are (N, n_class, A, B); image is (N, 3, A, B).
+    label and mask say where the boxes are: on the CPU, a GPU need not be waited for.
     """
 
     def __init__(
@@ -139,19 +154,19 @@ class RSTN(nn.Module):
 
     def forward(self, image, label=None, mode=None, score=None, mask=None):
         if self.TEST == 'F':
-            return self.fine(image * self.saliency(score), mask >= 0.5, empty=0)
+            return self.fine_windows(image * self.saliency(score), mask >= 0.5, empty=0)
         coarse = self.coarse(image)
         if self.TEST == 'C' or mode == 'C':
             return coarse
         if self.TEST == 'O':
-            return self.fine(image * self.saliency(coarse), label >= 0.5)
+            return self.fine_windows(image * self.saliency(coarse), label >= 0.5)
         if mode not in ('S', 'I', 'J'):
             raise ValueError(f'mode {mode!r} is not one of S, I, J')
         probabilities = [coarse]
         for _ in range(1 if mode == 'S' else self.fine_iterations):
             seen = image if mode == 'S' else image * self.saliency(probabilities[-1])
-            box = _either(probabilities[-1] >= 0.5, label >= 0.5) if mode == 'J' else label >= 0.5
-            probabilities.append(self.fine(seen, box))
+            masks = [probabilities[-1] >= 0.5] if mode == 'J' else []
+            probabilities.append(self.fine(seen, *masks, label >= 0.5))
         return tuple(probabilities)
 
     def coarse(self, image):
@@ -162,21 +177,32 @@ class RSTN(nn.Module):
         """Return the saliency map of a probability (equation 3), which multiplies the image."""
         return self.saliency2(F.relu(self.saliency1(probability)))
 
-    def fine(self, image, mask, empty=1):
-        """Return the fine probability inside the box of `mask` (bool) and its margins; 0 outside.
+    def fine(self, image, *masks):
+        """Return the fine probability inside the box of a mask (bool) and its margins, 0 outside, of a batch to train on.
+
+        A sample's box is that of the first of its masks that is not empty; without one it is the whole image.
+        """
+        margins, whole = self.margins(), (0, image.shape[2], 0, image.shape[3])
+        boxes = [
+            next(filter(None, (bounding_box(mask, margins) for mask in own)), whole) for own in zip(*masks, strict=True)
+        ]
+        if len(boxes) > 1:  # each sample keeps its own box only
+            image = torch.stack([uncrop(crop(one, box), box, one.shape[1:]) for one, box in zip(image, boxes)])
+        joint = union(boxes)
+        return torch.sigmoid(uncrop(self.fine_model(crop(image, joint)), joint, image.shape[2:], OUTSIDE))
+
+    def fine_windows(self, image, mask, empty=1):
+        """Return the fine probability of windows to test, each by itself: inside the box of its mask; 0 outside.
 
         An empty mask has no box: the network sees the whole image times `empty`.
         """
-        margins = self.margins()
+        margins, whole = self.margins(), (0, image.shape[2], 0, image.shape[3])
         boxes = [bounding_box(one, margins) for one in mask]
-        whole = (0, image.shape[2], 0, image.shape[3])
-        if len(boxes) > 1:  # each sample keeps its own box only
-            image = torch.stack([uncrop(crop(one, box or whole), box or whole, one.shape[1:]) * (1 if box else empty)
-                                 for one, box in zip(image, boxes)])  # fmt: skip
-        elif not boxes[0]:
-            image = image * empty
-        joint = union([box or whole for box in boxes])
-        return torch.sigmoid(uncrop(self.fine_model(crop(image, joint)), joint, image.shape[2:], OUTSIDE))
+        crops = [crop(one, box) if box else one * empty for one, box in zip(image, boxes)]
+        logits = self.fine_model.several(crops)
+        return torch.stack(
+            [uncrop(torch.sigmoid(one), box or whole, image.shape[2:]) for one, box in zip(logits, boxes)]
+        )
 
     def margins(self):
         """Return the pixels to add before and after the box along A, before and after it along B."""
@@ -190,12 +216,14 @@ class RSTN(nn.Module):
 
 def bounding_box(mask, margins):
     """Return (a0, a1, b0, b1) around the True pixels of `mask` (C, A, B), plus margins; None where it is empty."""
+    seen = mask.any(dim=0)
+    lines = torch.cat([seen.any(dim=1), seen.any(dim=0)]).cpu().split(seen.shape)  # a GPU is waited for once
     box = []
-    for axis, (before, after) in zip((1, 2), (margins[:2], margins[2:])):
-        hits = mask.any(dim=0).any(dim=2 - axis).nonzero()
-        if len(hits) == 0:
+    for hits, (before, after) in zip(lines, (margins[:2], margins[2:])):
+        places = hits.nonzero()
+        if len(places) == 0:
             return None
-        box += [max(int(hits[0]) - before, 0), min(int(hits[-1]) + 1 + after, mask.shape[axis])]
+        box += [max(int(places[0]) - before, 0), min(int(places[-1]) + 1 + after, len(hits))]
     return tuple(box)
 
 
@@ -215,11 +243,6 @@ def uncrop(image, box, size, outside=0.0):
     """Return a canvas (..., *size) of `outside` with a crop at its `box`."""
     a0, a1, b0, b1 = box
     return F.pad(image, (b0, size[1] - b1, a0, size[0] - a1), value=outside)
-
-
-def _either(mask, label):
-    """Return the `mask` of every sample, or its `label` where the mask is empty."""
-    return torch.where(mask.flatten(1).any(1)[:, None, None, None], mask, label)
 
 
 class DSC_loss(nn.Module):
@@ -261,13 +284,13 @@ def get_parameters(model, coarse=True, bias=False, parallel=False):
 
 
 def set_precision(model, precision, store=False):
-    """Make every FCN-8s in `model` compute in 'fp32' or 'bf16'; `store` also converts its weights (for testing).
+    """Make every FCN-8s in `model` compute in a precision of DTYPES; `store` also converts its weights (for testing).
 
     Score layers, upsampling, saliency and loss stay in float32, and so do the optimizer's weights.
     """
     for net in model.modules():
         if isinstance(net, FCN8s):
-            net.dtype = PRECISIONS[precision]
+            net.dtype = DTYPES[precision]
             if store:
                 for name, layer in net.named_children():
                     if name.startswith(('conv', 'fc')):

@@ -19,7 +19,8 @@ to 16 pixels, the deviation on its reach alone, outside of which it is 0, as zer
     x = level + d    =>    conv(x, w) + b = conv(d, w) + v,  where v = conv(level, w) + b is read off the canvas
                            relu(conv(x, w) + b) = relu(v) + d',  d' = relu(conv(d, w) + v) - relu(v)
 
-and max pooling commutes with subtracting a constant. conv5_1 and after see the sum of the two. fc6 is computed as the
+and max pooling commutes with subtracting a constant. So is air around the body, which clips to 0, not computed in
+testing, and images of several sizes can share a canvas of deviations. conv5_1 and after see the sum of the two. fc6 is computed as the
 matrix product that it is: as a convolution to a few pixels it spends its time on rearranging 100 M weights.
 
 Everything is differentiable and nothing is remembered between calls: these are the plain network's logits and gradients
@@ -34,56 +35,116 @@ CONVS = (2, 2, 3, 3, 3)  # convolutions of a block, each block ending in 2 x 2 p
 FEW = 64  # rows up to which a matrix product takes less time than casting its weights
 
 
+def pays(net, x):
+    """Whether the ring takes less time than the plain FCN8s `net` for images x: on a CPU always (tests/bench.py).
+
+    On CUDA it saves operations but has 163 kernels instead of 44, so only where operations are slow: in strict float32.
+    This is an estimate until tests/gpu.py has measured it.
+    """
+    strict = net.dtype in (None, torch.float32) and not torch.backends.cudnn.allow_tf32
+    return not x.is_cuda or strict
+
+
 def features(net, x):
     """What the score layers of the FCN8s `net` see for images (N, 3, A, B): pool3, pool4, fc7, as from net.features."""
-    pool3, pool4 = early_blocks(net, x.to(net.dtype or net.conv1_1.weight.dtype))
-    x = pool4
+    return features_of_sizes(net, [x])[0]
+
+
+def features_of_sizes(net, groups):
+    """The same for groups of images, (N, 3, A, B) each, of any sizes: [(pool3, pool4, fc7)] of the groups.
+
+    They go through blocks 1 to 4 in one batch, and through fc6 and fc7 as rows of one product, which reads the weights
+    once.
+    """
+    pools = early_blocks(net, [x.to(net.dtype or net.conv1_1.weight.dtype) for x in groups])
+    xs = [pool4 for _, pool4 in pools]
     for conv in range(CONVS[4]):
-        x = F.relu(F.conv2d(x, *_weights(net, 5, conv, x.dtype), padding=1), inplace=True)
-    x = F.max_pool2d(x, 2, ceil_mode=True)
-    x = net.drop6(F.relu(as_matrix_product(net.fc6, x), inplace=True))
-    x = net.drop7(F.relu(as_matrix_product(net.fc7, x), inplace=True))
-    return pool3, pool4, x
+        weights = _weights(net, 5, conv, xs[0].dtype)
+        xs = [F.relu(F.conv2d(x, *weights, padding=1), inplace=True) for x in xs]
+    xs = [F.max_pool2d(x, 2, ceil_mode=True) for x in xs]
+    xs = [net.drop6(F.relu(x)) for x in as_matrix_products(net.fc6, xs)]
+    xs = [net.drop7(F.relu(x)) for x in as_matrix_products(net.fc7, xs)]
+    return [(pool3, pool4, x) for (pool3, pool4), x in zip(pools, xs)]
 
 
-def early_blocks(net, image):
-    """pool3 and pool4 of images (N, 3, A, B): (N, channels, ~(A + 198) / 8, ~(B + 198) / 8), and the same at 1/16."""
-    size = [n + 2 * PADDING - 2 for n in image.shape[2:]]  # of the plain network's activations
-    start = PADDING - 1  # where the deviation begins in them, along both axes
+def early_blocks(net, groups):
+    """[pool3, pool4] of groups of images: (N, channels, ~(A + 198) / 8, ~(B + 198) / 8), and the same at 1/16.
+
+    The deviation of all images is on one canvas: beyond the smaller ones it is 0, as it is in their padding. Backgrounds
+    differ only by the size modulo 16.
+    """
+    counts = [len(x) for x in groups]
+    sizes = [[n + 2 * PADDING - 2 for n in x.shape[2:]] for x in groups]  # of the plain network's activations
+    kinds = [tuple(n % 16 for n in size) for size in sizes]
+    examples = dict(zip(kinds, sizes))  # a size of each kind, as good as any
     rim = -1  # conv1_1's own padding is 0 like its input: no rim
-    background, deviation = image.new_zeros(1, 3, 1, 1), image
+    backgrounds = dict.fromkeys(examples, groups[0].new_zeros(1, 3, 1, 1))
+    deviation, start = on_a_canvas(groups)
     pools = []
     for block, convs in enumerate(CONVS[:4], 1):
         rim += convs
-        background = stretch(background, [2 * (rim + 2) - n % 2 for n in size])
+        for kind, size in examples.items():
+            backgrounds[kind] = stretch(backgrounds[kind], [2 * (rim + 2) - n % 2 for n in size])
         deviation, start = align(deviation, start, convs)
         layout = torch.channels_last if block < 4 else torch.contiguous_format  # the faster one of large maps, of small
         deviation = deviation.contiguous(memory_format=layout)
         for conv in range(convs):
-            background, deviation = convolve(*_weights(net, block, conv, image.dtype), background, deviation)
-        background = F.max_pool2d(background, 2, ceil_mode=True)
+            deviation = convolve(*_weights(net, block, conv, deviation.dtype), backgrounds, deviation)
         deviation = F.max_pool2d(deviation, 2)
-        start, rim, size = (start - convs) // 2, (rim + 1) // 2, [(n + 1) // 2 for n in size]
-        pools.append((background, deviation, start, size))
-    return [assemble(*pool) for pool in pools[2:]]
+        for kind, size in examples.items():
+            backgrounds[kind] = F.max_pool2d(backgrounds[kind], 2, ceil_mode=True)
+            examples[kind] = halved(size)
+        start, rim, sizes = [(s - convs) // 2 for s in start], (rim + 1) // 2, [halved(size) for size in sizes]
+        if block >= 3:
+            parts = zip(kinds, deviation.split(counts), sizes)
+            pools.append([assemble(backgrounds[kind], part, start, size) for kind, part, size in parts])
+    return list(zip(*pools))
 
 
-def convolve(weight, bias, background, deviation):
-    """A 3 x 3 convolution and its ReLU: of the background, and of the deviation, which grows a pixel on each side."""
-    background = F.conv2d(background, weight, bias, padding=1)
-    level = background[0, :, background.shape[2] // 2, background.shape[3] // 2]
+def halved(size):
+    """The size after pooling, which keeps an odd last row."""
+    return [(n + 1) // 2 for n in size]
+
+
+def on_a_canvas(groups):
+    """All images in one batch (N, 3, A, B), zero beyond the smaller ones, and where it begins in the padded image.
+
+    On a CPU it is cut to what is not zero: air is. On CUDA, where looking costs more than it saves, sizes become
+    multiples of 16, so that few shapes occur.
+    """
+    height, width = (max(x.shape[axis] for x in groups) for axis in (2, 3))
+    cuda = groups[0].is_cuda
+    if cuda:
+        height, width = height + -height % 16, width + -width % 16
+    canvas = torch.cat([F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2])) for x in groups])
+    if cuda or canvas.requires_grad:
+        return canvas, [PADDING - 1, PADDING - 1]
+    seen = canvas.any(dim=0).any(dim=0)
+    places = [seen.any(dim=1 - axis).nonzero().flatten().tolist() or [0] for axis in (0, 1)]
+    (a0, *_, a1), (b0, *_, b1) = ([*place, place[-1]] for place in places)
+    return canvas[:, :, a0 : a1 + 1, b0 : b1 + 1], [PADDING - 1 + a0, PADDING - 1 + b0]
+
+
+def convolve(weight, bias, backgrounds, deviation):
+    """A 3 x 3 convolution and its ReLU: of the backgrounds, and of the deviation, which grows a pixel on each side."""
+    for kind, background in backgrounds.items():
+        backgrounds[kind] = F.conv2d(background, weight, bias, padding=1)
+    *_, background = backgrounds.values()
+    level = background[0, :, background.shape[2] // 2, background.shape[3] // 2]  # the same in each of them
+    for kind, background in backgrounds.items():
+        backgrounds[kind] = F.relu(background)
     deviation = F.conv2d(deviation, weight, level, padding=2)
     level = F.relu(level)[:, None, None]
     if deviation.requires_grad:
-        return F.relu(background), F.relu(deviation, inplace=True) - level
-    return background.relu_(), deviation.relu_().sub_(level)
+        return F.relu(deviation, inplace=True) - level
+    return deviation.relu_().sub_(level)
 
 
 def align(deviation, start, convs):
     """The deviation and its start, so padded that, `convs` convolutions later, it consists of whole pooling windows."""
-    before = (start - convs) % 2
-    after = [(start + n + convs) % 2 for n in deviation.shape[2:]]
-    return F.pad(deviation, (before, after[1], before, after[0])), start - before
+    before = [(s - convs) % 2 for s in start]
+    after = [(s + n + convs) % 2 for s, n in zip(start, deviation.shape[2:])]
+    return F.pad(deviation, (before[1], after[1], before[0], after[0])), [s - b for s, b in zip(start, before)]
 
 
 def stretch(background, size):
@@ -98,18 +159,19 @@ def stretch(background, size):
 
 def assemble(background, deviation, start, size):
     """Activations (N, C, *size): the background of that size plus the deviation, which begins at `start`."""
-    after = [n - start - small for n, small in zip(size, deviation.shape[2:])]
-    return stretch(background, size) + F.pad(deviation, (start, after[1], start, after[0]))
+    after = [n - s - small for n, s, small in zip(size, start, deviation.shape[2:])]  # below 0: cut off what is zero
+    return stretch(background, size) + F.pad(deviation, (start[1], after[1], start[0], after[0]))
 
 
-def as_matrix_product(layer, x):
-    """An unpadded convolution (Conv2d) of x (N, C, A, B), as one product with the weights where they lie in memory."""
+def as_matrix_products(layer, xs):
+    """An unpadded convolution (Conv2d) of each x (N, C, A, B), as one product with the weights where they lie in memory."""
     weight, (height, width) = layer.weight.flatten(1), layer.kernel_size  # (outputs, inputs)
-    patches = x.unfold(2, height, 1).unfold(3, width, 1).movedim(1, 3).flatten(3)  # (N, a, b, inputs)
-    rows = patches.flatten(0, 2)
-    dtype = weight.dtype if len(rows) <= FEW else x.dtype
+    patches = [x.unfold(2, height, 1).unfold(3, width, 1).movedim(1, 3).flatten(3) for x in xs]  # (N, a, b, inputs)
+    rows = torch.cat([patch.flatten(0, 2) for patch in patches])
+    dtype = weight.dtype if len(rows) <= FEW else rows.dtype
     y = product(rows.to(dtype), weight.to(dtype)) + layer.bias.to(dtype)
-    return y.unflatten(0, patches.shape[:3]).movedim(3, 1)
+    ys = y.split([patch.shape[:3].numel() for patch in patches])
+    return [y.unflatten(0, patch.shape[:3]).movedim(3, 1) for y, patch in zip(ys, patches)]
 
 
 def product(rows, weight):

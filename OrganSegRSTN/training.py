@@ -34,10 +34,11 @@ from running.results import start
 from running.weights import check_shapes, describe, description, load_weights, missing_weights
 
 
-def main(wrap=lambda model, device: model):
-    """Train; wrap(model, device) returns the model that takes the steps (see training_parallel.py)."""
+def main(wrap=lambda model, mode, recipe: model):
+    """Train; wrap(model, mode, recipe) returns the model that takes the steps of a mode (see training_parallel.py)."""
     args = parse()
     processes.quiet()
+    args.precision = processes.pick_precision(args.precision, processes.pick_device(args.GPU_ID))
     run = Run(checkpoint_path(args), args, **list_checksums(args, args.plane))
     with lock(args):
         state = run.load() if args.resume else None
@@ -96,11 +97,12 @@ def train(args, run, state, device, wrap):
     rates = 'learning_rate1 learning_rate_m1' if args.joint_from is None else 'learning_rate2 learning_rate_m2'
     optimizer = recipe.make_optimizer(model, *(getattr(args, rate) for rate in rates.split()))
     run.restore(state, model=model, optimizer=optimizer)
-    wrapped = wrap(model, device)
-    mode = MODES[0]
+    mode, wrapped = MODES[0], {}
     try:
         for mode, epoch in run.epochs(schedule(args)):
-            train_epoch(args, run, mode, epoch, wrapped, optimizer, slices, device, recipe)
+            if mode not in wrapped:
+                wrapped = {mode: wrap(model, mode, recipe)}
+            train_epoch(args, run, mode, epoch, wrapped[mode], optimizer, slices, device, recipe)
             end_epoch(args, run, mode, epoch, model, optimizer, recipe)
     except script.Terminated:
         raise
@@ -294,7 +296,7 @@ def train_epoch(args, run, mode, epoch, model, optimizer, slices, device, recipe
     name = f'{args.current_fold}{args.plane}{mode} Epoch[{epoch + 1}/{epochs(args, mode)}]'
     for index, (image, label) in run.steps(slices):
         step = recipe.step(run, model, optimizer, mode, image, label, device)
-        coarse, fine, avg = processes.mean(step, device)
+        coarse, fine, avg = processes.mean(step)
         run.losses.add((coarse, fine, avg))
         if not math.isfinite(avg):
             raise ValueError(f'{name}, Iter[{index:05d}]: the loss is {avg}; start again with a lower learning rate')
@@ -322,17 +324,20 @@ def end_epoch(args, run, mode, epoch, model, optimizer, recipe):
 def train_step(model, optimizer, mode, image, label, criterion=None):
     """Take one step on 1/3 coarse + 2/3 fine loss (equation 4); return the (coarse, fine, avg) losses before it.
 
+    image: on the model's device; label: on the CPU, where the boxes of modes S and I are looked up.
     With T fine iterations the weights are 1 / (2T + 1) and 2 / (2T + 1) each, and `fine` is their mean.
     criterion: the loss of a probability and a label, by default DSC_loss.
     """
     criterion = criterion or DSC_loss()
-    coarse, *fines = (criterion(probability, label) for probability in model(image, label, mode))
+    probabilities = model(image, label, mode)
+    label = label.to(image.device, non_blocking=True)
+    coarse, *fines = (criterion(probability, label) for probability in probabilities)
     fine = sum(fines) / len(fines)
     loss = (coarse + 2 * len(fines) * fine) / (2 * len(fines) + 1)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return coarse.item(), fine.item(), loss.item()
+    return tuple(torch.stack([coarse, fine, loss]).tolist())  # a GPU is waited for once
 
 
 def coarse_step(model, optimizer, image, label):
@@ -355,11 +360,12 @@ def convergence(mode, avg):
 class Published:
     """Section 4.1: SGD on the soft Dice of the slices as they are; the rates halve in mode J."""
 
+    coarse_steps = False  # whether some steps are of the coarse network only
     make_optimizer = staticmethod(make_optimizer)
 
     def step(self, run, model, optimizer, mode, image, label, device):
         """Train on a sample; return its (coarse, fine, avg) losses."""
-        return train_step(model, optimizer, mode, image.to(device), label.to(device))
+        return train_step(model, optimizer, mode, image.to(device), label)
 
     def end_epoch(self, args, mode, epoch, optimizer):
         """Halve the rates when due."""
@@ -374,6 +380,8 @@ class Fast(Published):
 
     In three of seven steps the coarse network learns from any slice as well: most slices are without the organ.
     """
+
+    coarse_steps = True
 
     def __init__(self, args, slices):
         self.steps_of_epoch = len(slices) // processes.world_size()
@@ -393,8 +401,8 @@ class Fast(Published):
         if run.position % 7 in (1, 3, 5):
             image_of_any, label_of_any = self.whole[random.randrange(len(self.whole))]
             coarse_step(model, optimizer, *(tensor[None].to(device) for tensor in varied(image_of_any, label_of_any)))
-        image, label = (tensor[None].to(device) for tensor in varied(image[0], label[0]))
-        return train_step(model, optimizer, mode, image, label, DiceEntropyLoss())
+        image, label = (tensor[None] for tensor in varied(image[0], label[0]))
+        return train_step(model, optimizer, mode, image.to(device), label, DiceEntropyLoss())
 
     def end_epoch(self, args, mode, epoch, optimizer):
         pass

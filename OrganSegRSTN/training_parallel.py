@@ -31,15 +31,15 @@ def main():
     training.main(distribute)
 
 
-def distribute(model, device):
-    """Return the model, whose gradients are averaged over all processes in every step."""
+def distribute(model, mode, recipe):
+    """Return the model, whose gradients are averaged over all processes in every step of a mode."""
     if processes.world_size() == 1:
         return model
-    # the saliency layers have no gradient in mode S
+    for layer in (model.saliency1, model.saliency2):
+        layer.requires_grad_(mode != 'S')  # mode S does not use them
     return DistributedDataParallel(
         model,
-        device_ids=None if device.type == 'cpu' else [device],
-        find_unused_parameters=True,
+        find_unused_parameters=recipe.coarse_steps,  # otherwise every step uses every parameter
         gradient_as_bucket_view=True,
     )
 

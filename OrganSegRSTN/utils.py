@@ -29,8 +29,12 @@ def in_training_set(total_samples, i, folds, current_fold):
 
 
 def to_unit(image, low_range, high_range):
-    """Return intensities clipped to [low_range, high_range] and scaled to [0, 1], float32, same shape."""
-    unit = np.clip(image, low_range, high_range).astype(np.float32)
+    """Return intensities clipped to [low_range, high_range] and scaled to [0, 1], float32, same shape.
+
+    image: an array, or a tensor on any device.
+    """
+    unit = image.clip(low_range, high_range)
+    unit = unit.astype(np.float32) if isinstance(unit, np.ndarray) else unit.float()
     unit -= np.float32(low_range)
     unit /= np.float32(high_range - low_range)
     return unit

@@ -29,8 +29,12 @@ import init  # noqa: E402
 import ring  # noqa: E402
 from model import RSTN, FCN8s, set_precision  # noqa: E402
 from training import make_optimizer, train_step  # noqa: E402
-from utils import DSC_computation, _post_processing_scipy, post_processing  # noqa: E402
-from volumes.planes import plane_view  # noqa: E402
+from utils import DSC_computation, _post_processing_scipy, post_processing, to_unit  # noqa: E402
+from volumes.planes import plane_view, slice_window  # noqa: E402
+from volumes.rounds import coarse_to_fine  # noqa: E402
+from volumes.testing import PlaneSettings, PlaneTester, predict_volume, to_bytes  # noqa: E402
+
+MARGIN = 20
 
 FULL = SimpleNamespace(width=64, window=512, crop=96, volume=(512, 512, 240), product=4096)
 QUICK = SimpleNamespace(width=4, window=48, crop=24, volume=(40, 32, 16), product=128)
@@ -52,14 +56,18 @@ class Worker:
     """Times one row after the other, one of the two ways; a row is {name: (fresh, work)}, and work(fresh()) is timed."""
 
     def __init__(self, fast, size):
-        self.fast, self.size, self.row = fast, size, {}
+        self.fast, self.size, self.row, self.threads = fast, size, {}, torch.get_num_threads()
 
     def prepare(self, key):
         """Make a row ready, each of its works done once; -> their names."""
         self.row = {}  # the memory of the former row
-        name, _, precision = key.partition('_')
+        torch.set_num_threads(1 if key.endswith('one_thread') else self.threads)
+        name, precision = [*key.split('_'), ''][:2]
         makers = {'coarse': testing_row, 'fine': testing_row, 'training': training_row, 'init': init_row}
-        if name in makers:
+        whole = {'fine_round': fine_round_row, 'coarse_case': coarse_case_row}
+        if key in whole:
+            self.row = whole[key](self.fast, self.size)
+        elif name in makers:
             self.row = makers[name](self.fast, self.size, name, precision if self.fast else 'fp32')
         else:
             self.row = voxel_row(self.fast, self.size, key)
@@ -77,7 +85,7 @@ class Worker:
 
     def operations(self, key):
         """Floating-point operations of the plain row (2 a multiply-add); 0 where it has no network."""
-        if not key.startswith(('coarse', 'fine', 'training')):
+        if not ('fp32' in key or 'bf16' in key):
             return 0
         training, size = key.startswith('training'), self.size.window if key.startswith('coarse') else self.size.crop
         with torch.device('meta'):
@@ -143,6 +151,76 @@ def training_row(fast, size, _, precision):
     image, label = torch.rand(1, 3, size.crop, size.crop), torch.zeros(1, 3, size.crop, size.crop)
     label[:, :, 8:-8, 8:-8] = 1  # with the margin of 20 the box is the whole crop
     return {'torch': (lambda: None, lambda _: train_step(net, optimizer, 'I', image, label))}
+
+
+# --- whole volumes -------------------------------------------------------------------------------------------------
+
+
+def body(size):
+    """(image, mask of an organ): a body in air, 0.7 of a slice; the organ's crops along Z are as large as size.crop."""
+    axes = np.meshgrid(*[np.arange(n, dtype=np.float32) - n / 2 for n in size.volume], indexing='ij', sparse=True)
+    a, b, c = (2 * axis / n for axis, n in zip(axes, size.volume))
+    image = np.where((a / 0.95) ** 2 + (b / 0.94) ** 2 + 0 * c < 1, 40, -1000).astype(np.int16)
+    half = max(size.crop // 2 - MARGIN, 2)
+    mask = (abs(axes[0]) < half) & (abs(axes[1]) < half) & (abs(axes[2]) < 6)
+    image[mask] = 120
+    return image, mask.astype(np.uint8)
+
+
+def settings():
+    return PlaneSettings((-100, 240), 3, MARGIN, torch.device('cpu'), 'fp32')
+
+
+def fine_round_row(fast, size):
+    """Round 1 of coarse to fine with one tester, along Z: some 14 windows of size.crop in a whole scan."""
+    image, mask = body(size)
+    tester = PlaneTester('Z', [None], 'F', settings())
+    tester.net = network('F', size.width).eval()
+    if not fast:
+        tester = SimpleNamespace(predict=partial(plain_volume, tester.net, 'Z'))
+
+    def round_0():
+        rounds = coarse_to_fine([mask * np.uint8(200)] * 3, [tester], image, 0.5, 1)
+        return rounds, *next(rounds)
+
+    if fast:
+        return {'coarse_to_fine': (round_0, lambda made: next(made[0]))}
+    return {'loop': (round_0, lambda made: plain_round(tester, image, *made[1:]))}
+
+
+def plain_round(tester, image, mask, score):
+    """A round on the whole scan."""
+    score = tester.predict(image, score=score, mask=mask) / np.float32(1)
+    mask = (score >= 0.5).astype(np.uint8)
+    return post_processing(mask, mask.copy(), 0.5, 1), score
+
+
+def coarse_case_row(fast, size):
+    """Coarse testing along Z of six slices of a scan with a body and air, to bytes."""
+    image = np.ascontiguousarray(body(size)[0][:, :, 2:8])
+    net = network('C', size.width).eval()
+    if fast:
+        return {'predict_volume': (lambda: None, lambda _: to_bytes(predict_volume(net, image, 'Z', settings())))}
+    return {'loop': (lambda: None, lambda _: to_bytes(plain_volume(net, 'Z', image)))}
+
+
+@torch.no_grad()
+def plain_volume(net, plane, image, **volumes):
+    """Window by window, each three slices of the whole scan, added and averaged in numpy."""
+    views = {name: plane_view(volume, plane) for name, volume in volumes.items()}
+    unit, total = plane_view(image, plane), np.zeros(image.shape, np.float32)
+    sums, slices = plane_view(total, plane), image.shape['XYZ'.index(plane)]
+    for j in range(slices):
+        ids = slice_window(j, slices, 3)
+        if 'mask' in views and not views['mask'][ids].any():
+            continue
+        inputs = {name: torch.from_numpy(view[ids].astype(np.float32))[None] for name, view in views.items()}
+        output = net(torch.from_numpy(to_unit(unit[ids], -100, 240))[None], **inputs)[0].numpy()
+        for k in range(max(j - 1, 0), min(j + 2, slices)):
+            sums[k] += output[k - j + 1]
+    for k in range(slices):
+        sums[k] /= min(k + 2, slices) - max(k - 1, 0)
+    return total
 
 
 # --- initialization ------------------------------------------------------------------------------------------------

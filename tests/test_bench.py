@@ -10,8 +10,8 @@ from conftest import TESTS
 
 pytestmark = pytest.mark.long
 KEYS = {
-    'coarse_fp32', 'fine_fp32', 'training_fp32', 'init', 'post_processing_organ',
-    'coarse_bf16', 'fine_bf16', 'training_bf16', 'dsc', 'post_processing_blobs',
+    'coarse_fp32', 'fine_fp32', 'training_fp32', 'coarse_bf16', 'fine_bf16', 'training_bf16', 'fine_fp32_one_thread',
+    'training_fp32_one_thread', 'fine_round', 'coarse_case', 'init', 'dsc', 'post_processing_organ', 'post_processing_blobs',
 }  # fmt: skip
 
 
@@ -41,8 +41,8 @@ def test_every_row_holds_plain_fast_and_their_ratio(measured):
 
 def test_network_rows_tell_the_share_of_the_matrix_product_rate(measured):
     found, _ = measured
-    for key in (key for key in KEYS if key.endswith(('fp32', 'bf16'))):
-        rate, _ = found['product_rate'][key[-4:]]
+    for key in (key for key in KEYS if 'fp32' in key or 'bf16' in key):
+        rate, _ = found['product_rate'][key.split('_')[1]]
         assert found[key]['of_product_rate'] == pytest.approx(found[key]['gflop'] / found[key]['fast'] / rate)
 
 

@@ -17,6 +17,7 @@ from training import make_optimizer, train_step
 from utils import to_unit
 from volumes.planes import slice_window
 
+THREADS = os.environ.get('GOLDEN_THREADS', '2')
 BEGIN = [0, 1, -100, 240, 0.98, 3, 1]  # current_fold ... organ_ID
 RATES = ['1e-5', 10, '1e-5', 10, 20]
 EPOCHS = [2, 6, 8, 2]
@@ -28,7 +29,7 @@ NUMBER = r'\d+(?:\.\d+)?(?:e-\d+)?'
 
 
 def stage(script, *args):
-    done = run_script(script, *args, env=os.environ | {'OMP_NUM_THREADS': '2', 'OMP_WAIT_POLICY': 'PASSIVE'})
+    done = run_script(script, *args, env=os.environ | {'OMP_NUM_THREADS': THREADS, 'OMP_WAIT_POLICY': 'PASSIVE'})
     assert done.code == 0, done.err
 
 
@@ -129,7 +130,7 @@ def steps(tmp_path_factory):
     image, label = (np.load(folder / kind / '0001.npy') for kind in ('images', 'labels'))
     expected = json.loads((GOLDEN / 'training.json').read_text())
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(THREADS))
     with torch.device('meta'):
         model = RSTN(crop_margin=20, crop_prob=0)
     model.load_state_dict(golden_case.weights(), assign=True)

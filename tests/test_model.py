@@ -402,15 +402,26 @@ def test_thickness_1_spreads_one_saliency_over_the_three_equal_slices(image, lab
 # --- batches -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(('TEST', 'mode', 'salient'), [(None, 'S', 1), (None, 'I', BIAS), ('O', None, BIAS)])
-def test_a_batch_is_cropped_to_the_joint_box_and_zero_outside_each_samples_own(image, label, TEST, mode, salient):
-    looked = Looked(TEST)
-    fine = looked(image, label, mode)
+@pytest.mark.parametrize(('mode', 'salient'), [('S', 1), ('I', BIAS)])
+def test_a_batch_is_cropped_to_the_joint_box_and_zero_outside_each_samples_own(image, label, mode, salient):
+    looked = Looked()
+    _, fine = looked(image, label, mode)
     joint = (9, 20, 1, 17)
     expected = torch.zeros_like(image)
     for n, box in enumerate((LABEL_BOX, OTHER_BOX)):
         crop(expected[n], box)[:] = crop((image * salient)[n], box)
-    assert_fine(looked, expected, fine if TEST else fine[1], joint)
+    assert_fine(looked, expected, fine, joint)
+
+
+@pytest.mark.parametrize('TEST', 'OF')
+def test_windows_to_test_in_a_batch_are_seen_each_by_itself(image, label, TEST):
+    looked = Looked(TEST)
+    score = torch.rand(2, 3, A, B)
+    marks = {'label': label} if TEST == 'O' else {'score': score, 'mask': label}
+    together = looked(image, **marks)
+    alone = [looked(image[n : n + 1], **{k: v[n : n + 1] for k, v in marks.items()}) for n in range(2)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+    assert (together > 0).sum() == 3 * (5 * 4 + 5 * 5), 'the boxes of both, nothing else'
 
 
 def test_a_sample_without_a_box_does_not_stop_its_batch(image, label):
@@ -429,8 +440,8 @@ def test_in_a_batch_without_any_box_every_image_is_whole(image):
     looked(image, torch.zeros(2, 3, A, B), 'S')
     torch.testing.assert_close(looked.fine[0], image)
     looked = Looked('F')
-    looked(image, score=torch.ones(2, 3, A, B), mask=torch.zeros(2, 3, A, B))
-    torch.testing.assert_close(looked.fine[0], torch.zeros(2, 3, A, B))
+    empty = looked(image, score=torch.ones(2, 3, A, B), mask=torch.zeros(2, 3, A, B))
+    torch.testing.assert_close(empty[0], empty[1])
 
 
 # --- the loss ------------------------------------------------------------------------------------------------------

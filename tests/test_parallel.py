@@ -7,6 +7,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ import torch
 from conftest import CODE, FOLDER, pretrain_args, run_script, settings, training_args
 
 from Data import load_slices
+from running import processes, script
 from running.checkpoint import random_states, seed_everything, set_random_states
-from running.processes import pick_device
+from running.processes import pick_device, runs_on, set_up
 from running.weights import load_weights
 from training import DSC_loss, make_optimizer, starting_model
 
@@ -172,41 +175,181 @@ def test_without_torchrun_it_says_what_to_type(pretrained, call):
     ]
 
 
-# --- which GPU a process takes (no CUDA here: its answers are given) -------------------------------------------------
+# --- devices and precisions (no CUDA here: its answers are given) ----------------------------------------------------
 
 
-@pytest.fixture
-def four_gpus(monkeypatch):
-    """A machine with four CUDA devices; -> the list of those chosen."""
-    chosen = []
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
-    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'GPU')
-    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
-    return chosen
+class Fake:
+    """A machine of four CUDA devices of one capability, as torch.cuda shows it; what is set stays in the monkeypatch."""
+
+    def __init__(self, monkeypatch, capability=(8, 0), built=('sm_75', 'sm_80', 'sm_90', 'compute_90')):
+        self.chosen = []
+        for owner, name in ((torch.backends.cudnn, 'allow_tf32'), (torch.backends.cuda.matmul, 'allow_tf32')):
+            monkeypatch.setattr(owner, name, True)
+        answers = {
+            'is_available': lambda: True,
+            'device_count': lambda: 4,
+            'get_device_name': lambda device: 'GPU',
+            'set_device': self.chosen.append,
+            'get_device_capability': lambda device: capability,
+            'get_arch_list': lambda: list(built),
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+
+def arguments(GPU_ID, precision='fp32', seed=None):
+    return Namespace(GPU_ID=GPU_ID, precision=precision, seed=seed)
 
 
 @pytest.mark.parametrize(('GPU_ID', 'local_rank', 'index'), [('2', 0, 2), ('0,1,3', 0, 0), ('0,1,3', 2, 3)])
-def test_of_several_GPUs_each_process_takes_its_own(four_gpus, monkeypatch, capsys, GPU_ID, local_rank, index):
+def test_of_several_GPUs_each_process_takes_its_own(monkeypatch, capsys, GPU_ID, local_rank, index):
+    fake = Fake(monkeypatch)
     monkeypatch.setenv('LOCAL_RANK', str(local_rank))
-    device = pick_device(GPU_ID)
+    device = set_up(arguments(GPU_ID))
     assert device == torch.device('cuda', index)
-    assert four_gpus == [device]
-    assert not torch.backends.cudnn.allow_tf32, 'float32 is float32'
+    assert fake.chosen == [device]
     assert capsys.readouterr().out == f'device: cuda:{index}, GPU\n'
 
 
 @pytest.mark.parametrize(('GPU_ID', 'local_rank'), [('4', 0), ('0,1', 2), ('one', 0), ('', 0), ('0,', 1)])
-def test_a_GPU_that_is_not_there_is_an_error(four_gpus, monkeypatch, GPU_ID, local_rank):
+def test_a_GPU_that_is_not_there_is_an_error(monkeypatch, GPU_ID, local_rank):
+    fake = Fake(monkeypatch)
     monkeypatch.setenv('LOCAL_RANK', str(local_rank))
     with pytest.raises(
         ValueError, match=rf'GPU_ID {GPU_ID} names no CUDA device for process {local_rank} .+ are 4, from 0'
     ):
         pick_device(GPU_ID)
-    assert four_gpus == []
+    assert fake.chosen == []
 
 
-def test_the_CPU_is_taken_where_it_is_asked_for(four_gpus, capsys):
-    assert pick_device('cpu') == torch.device('cpu')
-    assert capsys.readouterr().out.endswith('threads (as asked)\n')
+def test_a_GPU_twice_is_an_error(monkeypatch):
+    Fake(monkeypatch)
+    with pytest.raises(ValueError, match='GPU_ID 0,0 names device 0 twice'):
+        pick_device('0,0')
+
+
+def test_the_CPU_is_taken_where_it_is_asked_for_and_CUDA_is_not_touched(monkeypatch, capsys):
+    def touched(*_):
+        raise AssertionError('CUDA was touched')
+
+    for name in ('is_available', 'device_count', 'init', 'set_device', 'get_device_capability'):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    assert set_up(arguments('cpu', 'auto')) == torch.device('cpu')
+    assert capsys.readouterr().out.splitlines()[0].endswith('threads (as asked)')
+    set_random_states(random_states())
+
+
+def test_without_a_card_the_CPU_is_taken_and_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(processes, 'has_card', lambda: False)
+    assert set_up(arguments('1')) == torch.device('cpu')
+    assert 'no CUDA device found, GPU_ID 1 is not used' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('built_with', 'visible', 'says', 'line'),
+    [
+        (None, None, '', 'is built without CUDA; install another'),
+        ('13.0', '', '', "CUDA_VISIBLE_DEVICES is ''; unset it"),
+        ('13.0', '0', 'The NVIDIA driver on your system is too old (found version 12020).', 'is too old for CUDA 13.0; update it'),
+        ('13.0', None, 'No CUDA GPUs are available', 'no card is visible .+ --gpus all'),
+    ],
+)  # fmt: skip
+def test_a_card_that_cannot_be_used_is_an_error_with_its_cure(monkeypatch, built_with, visible, says, line):
+    def fails():
+        raise RuntimeError(says)
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'init', fails)
+    monkeypatch.setattr(torch.version, 'cuda', built_with)
+    monkeypatch.setattr(processes, 'has_card', lambda: True)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if visible is not None:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    with pytest.raises(ValueError, match=rf'^GPU_ID 0: .*{line}.*, or give cpu'):
+        pick_device('0')
+
+
+@pytest.mark.parametrize(
+    ('architecture', 'capability', 'runs'),
+    [
+        ('sm_80', (8, 6), True), ('sm_86', (8, 0), False), ('sm_75', (6, 1), False), ('sm_60', (6, 1), True),
+        ('sm_90a', (9, 0), True), ('sm_75', (8, 0), False), ('compute_120', (12, 1), True), ('compute_90', (10, 3), True),
+        ('gfx90a', (9, 0), True),
+    ],
+)  # fmt: skip
+def test_which_code_runs_on_which_card(architecture, capability, runs):
+    assert runs_on(architecture, capability) == runs
+
+
+def test_a_card_that_PyTorch_is_not_built_for_is_an_error(monkeypatch):
+    fake = Fake(monkeypatch, capability=(6, 1))
+    with pytest.raises(ValueError, match=r'has architecture sm_61, but .+ built for sm_75, .+ docs/machines.md'):
+        pick_device('0')
+    assert fake.chosen == []
+
+
+@pytest.mark.parametrize(
+    ('capability', 'asked', 'found'),
+    [((8, 0), 'auto', 'bf16'), ((7, 5), 'auto', 'fp32'), ((9, 0), 'tf32', 'tf32'), ((7, 0), 'fp16', 'fp16')],
+)
+def test_TF32_is_on_only_where_it_is_asked_for(monkeypatch, capsys, capability, asked, found):
+    Fake(monkeypatch, capability, built=['sm_70', 'sm_75', 'sm_80', 'sm_90'])
+    args = arguments('0', asked)
+    set_up(args)
+    assert args.precision == found
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (found == 'tf32')
+    assert (f'precision: {found} (auto)' in capsys.readouterr().out) == (asked == 'auto')
+
+
+@pytest.mark.parametrize('asked', ['tf32', 'bf16'])
+def test_a_precision_that_a_card_lacks_is_refused_by_name(monkeypatch, asked):
+    Fake(monkeypatch, capability=(7, 5))
+    with pytest.raises(ValueError, match=f'precision {asked}: cuda:0, GPU does not compute in it'):
+        set_up(arguments('0', asked))
+
+
+@pytest.mark.parametrize('asked', ['tf32', 'fp16'])
+def test_a_precision_that_a_CPU_lacks_is_refused_by_name(asked):
+    with pytest.raises(ValueError, match=f'precision {asked}: '):
+        set_up(arguments('cpu', asked))
+
+
+def test_with_a_seed_operations_that_are_not_repeatable_are_named_in_the_log(monkeypatch, capsys):
+    Fake(monkeypatch)
+    monkeypatch.setattr(warnings, 'showwarning', warnings.showwarning)
+    asked = []
+    monkeypatch.setattr(torch, 'use_deterministic_algorithms', lambda *_, **__: asked.append(True))
+    set_up(arguments('0', seed=1))
+    assert asked
+    warnings.showwarning(
+        UserWarning('pool_backward_cuda does not have a deterministic implementation, but …'), 0, '', 0
+    )
+    assert 'pool_backward_cuda does not have a deterministic implementation\n' in capsys.readouterr().out
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        (
+            'CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 11.90 GiB of which 1.00 GiB is '
+            'free. Process 7 has 9 GiB memory in use. If reserved but unallocated memory is large try …'
+        ),
+        'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`',
+        'cuDNN error: CUDNN_STATUS_ALLOC_FAILED',
+    ],
+)
+def test_too_little_memory_is_a_line_with_what_was_needed_and_what_lowers_it(text):
+    error = torch.OutOfMemoryError(text) if 'GiB' in text else RuntimeError(text)
+    assert script.foreseeable(error)
+    line = script.message_of(error)
+    assert line.endswith('; less is needed with --precision bf16 (PRECISION) or a narrower network (PRETRAINING_WIDTH)')
+    assert line.startswith(text.partition(' Process')[0].rstrip('.'))
+    assert 'reserved' not in line
+
+
+def test_another_RuntimeError_is_a_mistake_in_this_code():
+    assert not script.foreseeable(RuntimeError('shapes differ'))

@@ -124,7 +124,7 @@ def test_the_average_is_that_of_all_windows_that_cover_a_slice(shape, plane, thi
         if rng.random() >= skipped
     }
     for j, output in outputs.items():
-        average.add(j, output)
+        average.add(j, torch.from_numpy(output))
     found = plane_view(average.volume(), plane)
     for k in range(slices):
         covering = [j for j in range(k - reach, k + reach + 1) if 0 <= j < slices]

@@ -1,6 +1,7 @@
 """ring.py against the plain network: the same logits and gradients at every size, for far fewer operations."""
 
 import copy
+from argparse import Namespace
 from itertools import product
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ring
-from model import FCN8s, set_precision
+from model import DTYPES, FCN8s, set_precision
 
 
 class PlainFCN8s(FCN8s):
@@ -81,6 +82,34 @@ def test_an_image_without_content(fill):
     with torch.no_grad():
         x = torch.full((1, 3, 30, 41), fill, dtype=torch.float64)
         assert distance(fast(x), plain(x)) < 1e-10
+
+
+# --- sizes that differ, and zeros -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 2e-5), (torch.float64, 1e-12)], ids=str)
+def test_images_of_several_sizes_have_the_logits_that_each_has_alone(dtype, tolerance):
+    plain, fast = twins(width=8, dtype=dtype)
+    images = [image(3, *size, dtype=dtype) for size in ((33, 50), (20, 9), (49, 66), (96, 40), (96, 40))]
+    with torch.inference_mode():
+        for mine, one in zip(fast.several(images), images, strict=True):
+            assert mine.shape == one.shape
+            assert distance(mine, plain(one[None])[0]) < tolerance
+
+
+@pytest.mark.parametrize('box', [(0, 7, 30, 41), (3, 4, 2, 3), (20, 60, 0, 41), (0, 0, 0, 0)], ids=str)
+def test_zeros_around_an_image_are_not_computed_and_change_nothing(box):
+    plain, fast = twins()
+    a0, a1, b0, b1 = box
+    x = torch.zeros(2, 3, 60, 41, dtype=torch.float64)
+    x[1, :, a0:a1, b0:b1] = image(3, a1 - a0, b1 - b0) + 0.1
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            mine = fast(x)
+        assert distance(mine, plain(x)) < 1e-10
+        with FlopCounterMode(display=False) as full:
+            fast(x + 0.1)
+    assert counter.get_total_flops() < full.get_total_flops()
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -191,8 +220,8 @@ def test_stretch_repeats_the_middle_of_a_background():
 
 def test_align_pads_to_whole_windows_of_pooling():
     """Windows begin at even places. 3 .. 6, two convolutions later 1 .. 8: one more on the left, one on the right."""
-    deviation, start = ring.align(torch.ones(1, 1, 4, 5), start=3, convs=2)
-    assert start == 2
+    deviation, start = ring.align(torch.ones(1, 1, 4, 5), start=[3, 3], convs=2)
+    assert start == [2, 2]
     assert deviation.shape == (1, 1, 1 + 4 + 1, 1 + 5 + 0)
     assert deviation.sum() == 4 * 5
 
@@ -201,7 +230,7 @@ def test_align_pads_to_whole_windows_of_pooling():
 def test_a_convolution_as_matrix_product(n, a, b):
     layer, x = nn.Conv2d(4, 5, 7).double(), image(n, 4, a, b)
     with torch.no_grad():
-        assert distance(ring.as_matrix_product(layer, x), layer(x)) < 1e-12
+        assert distance(ring.as_matrix_products(layer, [x])[0], layer(x)) < 1e-12
 
 
 @pytest.mark.parametrize('n', [1, 9, 40])
@@ -236,7 +265,7 @@ def test_bf16_computes_in_bf16_and_scores_in_float32():
     x = image(2, 3, 40, 37, dtype=torch.float32)
     wanted = plain(x)
     set_precision(fast, 'bf16')
-    assert {pool.dtype for pool in ring.early_blocks(fast, x.bfloat16())} == {torch.bfloat16}
+    assert {pool.dtype for pool in ring.early_blocks(fast, [x.bfloat16()])[0]} == {torch.bfloat16}
     mine = fast(x)
     assert mine.dtype == torch.float32
     assert 1e-6 < distance(mine, wanted) < 0.03
@@ -245,6 +274,39 @@ def test_bf16_computes_in_bf16_and_scores_in_float32():
     assert kept['fc6.weight'] == kept['conv1_1.bias'] == torch.bfloat16
     assert kept['score_fr.weight'] == kept['upscore8.weight'] == torch.float32
     assert distance(fast(x), mine) < 0.01
+
+
+def test_the_plain_network_computes_in_bf16_where_the_ring_does_not_pay(monkeypatch):
+    plain, fast = (net.train() for net in twins(width=8, dtype=torch.float32))
+    x = image(1, 3, 33, 40, dtype=torch.float32)
+    wanted = gradients(plain, x)
+    set_precision(fast, 'bf16')
+    monkeypatch.setattr(ring, 'pays', lambda *_: False)
+    monkeypatch.setattr(ring, 'features', None)
+    mine = gradients(fast, x)
+    for name, gradient in mine.items():
+        assert gradient.dtype == torch.float32
+        assert F.cosine_similarity(gradient.flatten(), wanted[name].flatten(), 0) > 0.95, name
+
+
+def test_a_range_that_fp16_exceeds_is_an_error():
+    _, fast = twins(width=8, dtype=torch.float32)
+    set_precision(fast, 'fp16', store=True)
+    x = image(1, 3, 20, 20, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.isfinite(fast(x)).all()
+        fast.conv3_1.weight.mul_(1e5)
+        with pytest.raises(ValueError, match='precision fp16: .+ give fp32'):
+            fast(x)
+
+
+def test_the_ring_pays_on_a_CPU_and_in_strict_float32(monkeypatch):
+    on_card = Namespace(is_cuda=True)
+    for precision, TF32, pays in (('fp32', False, True), ('tf32', True, False), ('bf16', False, False)):
+        monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', TF32)
+        net = Namespace(dtype=DTYPES[precision])
+        assert ring.pays(net, on_card) == pays
+        assert ring.pays(net, torch.zeros(1))
 
 
 def test_bf16_gradients_reach_float32_weights():

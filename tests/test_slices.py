@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from running.data_folder import Slice, organ_extents, slice_averages
 from utils import to_unit
@@ -46,7 +47,7 @@ def averaged(slices, outputs, thickness=3):
     average = SliceAverage((1, 1, slices), 'Z', thickness)
     for j, output in enumerate(outputs):
         if output is not None:
-            average.add(j, np.array(output, np.float32).reshape(thickness, 1, 1))
+            average.add(j, torch.tensor(output, dtype=torch.float32).reshape(thickness, 1, 1))
     return average.volume().ravel().tolist()
 
 
@@ -78,7 +79,7 @@ def test_constant_outputs_average_to_the_constant_on_every_plane(plane):
     average = SliceAverage(shape, plane, 3)
     slices = len(average.view)
     for j in range(slices):
-        average.add(j, np.full((3, *average.view.shape[1:]), 6, np.float32))
+        average.add(j, torch.full((3, *average.view.shape[1:]), 6.0))
     np.testing.assert_array_equal(average.volume(), np.full(shape, 6))
 
 

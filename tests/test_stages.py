@@ -16,9 +16,10 @@ from conftest import FOLDER, coarse2fine_args, fusion_args, run_script, tiny_wei
 from model import RSTN
 from running.data_folder import read_cases
 from running.weights import describe
-from utils import DSC_computation
+from utils import DSC_computation, to_unit
+from volumes.planes import region
 from volumes.rounds import coarse_to_fine, stopped_at
-from volumes.testing import PlaneSettings, predict_volume, to_bytes
+from volumes.testing import PlaneSettings, PlaneTester, predict_volume, to_bytes
 
 
 def within(low, high, thickness=3):
@@ -79,13 +80,13 @@ def test_every_window_is_seen_clipped_and_scaled_and_averaged_back():
         assert found.dtype == np.float32
 
 
-def test_coarse_windows_go_in_batches_of_so_many_pixels_and_marked_ones_singly(monkeypatch):
+def test_windows_go_in_batches_of_so_many_pixels(monkeypatch):
     image, label = np.arange(5 * 2 * 3).reshape(2, 3, 5), np.ones((2, 3, 5), bool)
-    monkeypatch.setattr('volumes.testing.PIXELS_AT_ONCE', 13)  # two slices of 2 x 3 pixels
-    for marks, batches in (({}, [2, 2, 1]), ({'label': label}, [1] * 5)):
+    monkeypatch.setattr('volumes.testing.PIXELS_AT_ONCE', {'cpu': 13})  # two slices of 2 x 3 pixels
+    for marks in ({}, {'label': label}):
         net = Recorder()
         found = predict_volume(net, image, 'Z', within(0, 30), **marks)
-        assert [len(seen['image']) for seen in net.seen] == batches
+        assert [len(seen['image']) for seen in net.seen] == [2, 2, 1]
         np.testing.assert_allclose(found, image / 30, atol=1e-6)
 
 
@@ -105,7 +106,7 @@ def test_windows_without_a_voxel_of_label_are_skipped():
     label[0, 0, 5] = True
     net = Recorder()
     found = predict_volume(net, image, 'Z', within(0, 200), label=label)
-    assert [seen['label'][0, :, 0, 0].tolist() for seen in net.seen] == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
+    assert net.seen[0]['label'][:, :, 0, 0].tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
     # windows 4, 5, 6 of 0..6; slice 3 is covered by 2, 3, 4, slice 6 by 5, 6
     np.testing.assert_allclose(found[0, 0] * 2, [0, 0, 0, 1 / 3, 2 / 3, 1, 1], atol=1e-6)
 
@@ -115,12 +116,41 @@ def test_fine_testing_hands_on_score_and_mask_of_the_window():
     score = np.broadcast_to(np.array([0.25, 0.5, 0.75], np.float32), (2, 2, 3))
     net = Recorder()
     predict_volume(net, image, 'Z', within(0, 200), score=score, mask=mask)
-    assert [seen['score'][0, :, 0, 0].tolist() for seen in net.seen] == [
-        [0.25, 0.25, 0.5],
-        [0.25, 0.5, 0.75],
-        [0.5, 0.75, 0.75],
-    ]
-    assert net.seen[0]['mask'].shape == (1, 3, 2, 2)
+    assert net.seen[0]['score'][:, :, 0, 0].tolist() == [[0.25, 0.25, 0.5], [0.25, 0.5, 0.75], [0.5, 0.75, 0.75]]
+    assert net.seen[0]['mask'].shape == (3, 3, 2, 2)
+
+
+@pytest.mark.parametrize('dtype', [np.int16, np.int32, np.uint8, np.float64, '>i2'], ids=str)
+def test_intensities_are_those_of_to_unit_whatever_the_type(dtype):
+    image = np.arange(24).reshape(2, 3, 4).astype(dtype) * 7
+    net = Recorder()
+    predict_volume(net, image, 'X', within(10.5, 101))
+    np.testing.assert_array_equal(net.seen[0]['image'][:, 1], to_unit(image, 10.5, 101))
+
+
+def test_a_region_is_the_box_of_a_mask_with_a_rim_inside_the_volume():
+    mask = np.zeros((9, 8, 7), np.uint8)
+    mask[4:6, 1, 5] = 1
+    assert region(mask, 2) == (slice(2, 8), slice(0, 4), slice(3, 7))
+
+
+def test_a_round_on_the_region_of_the_mask_is_that_on_the_whole_scan():
+    """Nothing beyond margin and saliency's reach of the mask changes a fine round, along any plane."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(-200, 300, (30, 28, 26)).astype(np.int16)
+    score, mask = rng.random(image.shape, np.float32), np.zeros(image.shape, np.uint8)
+    mask[12:17, 3:8, 10:16] = rng.random((5, 5, 6)) > 0.5
+    net = RSTN(crop_margin=4, TEST='F', width=4).eval()
+    net.load_state_dict(tiny_weights())
+    place = region(mask, PlaneTester('X', [], 'F', within(-100, 240)).reach)
+    assert np.prod([s.stop - s.start for s in place]) < image.size / 3
+    for plane in 'XYZ':
+        whole = predict_volume(net, image, plane, within(-100, 240), score=score, mask=mask)
+        part = predict_volume(net, image[place], plane, within(-100, 240), score=score[place], mask=mask[place])
+        assert whole.max() > 0.1
+        np.testing.assert_allclose(part, whole[place], atol=1e-6)
+        whole[place] = 0
+        assert not whole.any()
 
 
 def test_probabilities_are_stored_rounded_and_128_is_organ():
@@ -293,7 +323,9 @@ def test_without_fine_rounds_round_0_is_the_last():
 
 
 class Says:
-    """A tester that predicts the next of these volumes and keeps what it was given."""
+    """A tester that predicts the next of these volumes and keeps what it was given, which is all there is."""
+
+    reach = 99
 
     def __init__(self, *volumes):
         self.volumes, self.given = list(volumes), []
@@ -324,21 +356,23 @@ def test_a_round_is_seen_with_the_mean_score_and_the_processed_mask_of_the_one_b
     y = Says(one_row(0.6, 0.9, 0, 0, 0, 0, 0.6, 0, 0), one_row(*[0] * 9))
     z = Says(one_row(0.3, 0.0, 0, 0, 0, 0, 0.6, 0, 0), one_row(*[0] * 9))
     coarse = [in_bytes(*[200] * 9)] * 3
-    rounds = list(coarse_to_fine(coarse, [x, y, z], None, 0.5, 1))
+    rounds = list(coarse_to_fine(coarse, [x, y, z], coarse[0], 0.5, 1))
     assert [mask.ravel().tolist() for mask, _ in rounds] == [
         [1] * 9,
         [1, 1, 0, 0, 0, 0, 1, 0, 0],
         [0] * 9,
     ]  # the last, empty, ends the rounds
     for r in (0, 1):
-        assert all(tester.given[r][0] is rounds[r][1] and tester.given[r][1] is rounds[r][0] for tester in (x, y, z))
+        for tester in (x, y, z):
+            for given, made in zip(tester.given[r], reversed(rounds[r])):
+                np.testing.assert_array_equal(given, made)
     np.testing.assert_allclose(rounds[1][1], one_row(0.6, 0.6, 0, 0, 0, 0, 0.5, 0, 0), atol=1e-6)
 
 
 def test_small_components_are_removed_from_every_fine_round_but_not_from_round_0():
     says = Says(one_row(1, 1, 1, 0, 1, 0, 0, 0, 0, 0))
     coarse = [in_bytes(255, 255, 255, 0, 255, 0, 0, 0, 0, 0)] * 3
-    (first, _), (second, _) = itertools.islice(coarse_to_fine(coarse, [says], None, 0.5, 1), 2)
+    (first, _), (second, _) = itertools.islice(coarse_to_fine(coarse, [says], coarse[0], 0.5, 1), 2)
     assert first.ravel().tolist() == [1, 1, 1, 0, 1, 0, 0, 0, 0, 0]
     assert second.ravel().tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
 

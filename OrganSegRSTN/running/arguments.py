@@ -151,10 +151,14 @@ def stage_parser(doc, required, optional=()):
     return parser
 
 
-def add_precision(parser):
-    """Add --precision, for a stage that runs a network."""
-    parser.add_argument('--precision', type=one_of('fp32', 'bf16'), default='fp32',
-                        help='fp32 (default), or bf16: faster, figures differ in the third digit')  # fmt: skip
+PRECISIONS = ('fp32', 'tf32', 'bf16', 'fp16', 'auto')
+
+
+def add_precision(parser, without=()):
+    """Add --precision, for a stage that runs a network; without: those that it does not take."""
+    names = [name for name in PRECISIONS if name not in without]
+    parser.add_argument('--precision', type=one_of(*names), default='fp32',
+                        help=f'{", ".join(names)} (default fp32): which are faster where, see docs/speed.md')  # fmt: skip
 
 
 def add_overwrite(parser):
@@ -178,7 +182,7 @@ def add_testing(parser):
 
 def add_training(parser):
     """Add the options that training and pretraining share."""
-    add_precision(parser)
+    add_precision(parser, without=['fp16'])  # its gradients vanish
     parser.add_argument('--seed', type=whole(0, 2**63 - 1), help='make the run repeatable on this machine')
     parser.add_argument('--workers', type=whole(0), default=0, help='processes that load slices (default 0)')
     parser.add_argument('--resume', action='store_true', help='continue from the checkpoint of these arguments, if any')

@@ -235,7 +235,7 @@ def random_states():
         'python': random.getstate(),
         'numpy': (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         'torch': torch.get_rng_state(),
-        'cuda': torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        'cuda': torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -245,7 +245,7 @@ def set_random_states(states):
     random.setstate(states['python'])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states['torch'])
-    if torch.cuda.is_available() and states['cuda'] is not None:
+    if torch.cuda.is_initialized() and states['cuda'] is not None:
         torch.cuda.set_rng_state(states['cuda'])
 
 

@@ -238,9 +238,9 @@ class Checksums:
 
 def start(args):
     """Return (device, provenance) of a stage that runs a network, and print the lines that begin every log."""
-    from running.processes import device_name, pick_device  # importing torch takes seconds
+    from running.processes import device_name, set_up  # importing torch takes seconds
 
-    device = pick_device(args.GPU_ID)
+    device = set_up(args)
     return device, print_provenance(args, device_name(device))
 
 

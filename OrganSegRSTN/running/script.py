@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -50,9 +51,22 @@ def report_to_torchrun(message):
 
 def foreseeable(error):
     """Return whether an error is the user's or the machine's, so that its message is all that the user needs."""
-    if isinstance(error, RuntimeError):  # torch, out of memory
-        return any(text in str(error) for text in ('out of memory', "can't allocate memory"))
-    return isinstance(error, (ValueError, OSError, MemoryError))
+    return out_of_memory(error) or isinstance(error, (ValueError, OSError, MemoryError))
+
+
+def out_of_memory(error):
+    """Return whether an error is torch's, cuBLAS's or cuDNN's way to say that there is too little memory."""
+    signs = ('out of memory', "can't allocate memory", 'STATUS_ALLOC_FAILED')
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def message_of(error):
+    """Return what a user needs of an error, in one line."""
+    text = ' '.join(str(error).split()) or type(error).__name__
+    if out_of_memory(error):
+        text = re.split(r'(?<=\w{3})\. (?=If |Including |Process )', text)[0]  # torch goes on with its own variables
+        text += '; less is needed with --precision bf16 (PRECISION) or a narrower network (PRETRAINING_WIDTH)'
+    return text
 
 
 def run(main):
@@ -77,8 +91,7 @@ def run(main):
         if os.environ.get('RSTN_TRACEBACK'):
             traceback.print_exc()
         sys.stdout.flush()
-        message = ' '.join(str(error).split()) or type(error).__name__
-        message = f'{os.path.basename(sys.argv[0])}: error: {message}'
+        message = f'{os.path.basename(sys.argv[0])}: error: {message_of(error)}'
         report_to_torchrun(message)
         sys.exit(message)
     sys.exit(status)

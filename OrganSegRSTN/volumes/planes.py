@@ -1,6 +1,7 @@
 """A volume (W, H, L) along the planes X, Y or Z: slices, slice windows and their average (section 3.3)."""
 
 import numpy as np
+import torch
 
 from running.data_folder import PLANES
 
@@ -16,16 +17,28 @@ def slice_window(j, slices, thickness):
     return [max(j - reach, 0), j, min(j + reach, slices - 1)]
 
 
+def region(mask, reach):
+    """Return the place (three slices) of the box around the voxels of a mask (W, H, L), `reach` voxels larger on each side.
+
+    The mask must not be empty.
+    """
+    place = []
+    for axis, n in enumerate(mask.shape):
+        inside = np.moveaxis(mask[tuple(place)], axis, 0)  # one full pass, then smaller ones
+        hits = np.flatnonzero(inside.any(axis=(1, 2)))
+        place.append(slice(max(hits[0] - reach, 0), min(hits[-1] + 1 + reach, n)))
+    return tuple(place)
+
+
 class SliceAverage:
-    """The average of the outputs of overlapping slice windows along a plane (section 3.3).
+    """The average of the outputs of overlapping slice windows along a plane (section 3.3), added up on a device.
 
     A slice's sum is divided by the number of windows that cover it, whether or not a window was added.
     """
 
-    def __init__(self, shape, plane, thickness):
-        self.total = np.zeros(shape, np.float32)  # (W, H, L)
-        self.view = plane_view(self.total, plane)  # the same memory, (slices, A, B)
-        self.reach = thickness // 2
+    def __init__(self, shape, plane, thickness, device='cpu'):
+        self.axis, self.reach = PLANES.index(plane), thickness // 2
+        self.view = torch.zeros(plane_view(np.empty(shape, bool), plane).shape, device=device)  # (slices, A, B)
 
     def covered(self, j):
         """Return the slices inside the volume that the window at j covers."""
@@ -37,7 +50,7 @@ class SliceAverage:
             self.view[k] += output[k - j + self.reach]
 
     def volume(self):
-        """Return the average (W, H, L)."""
+        """Return the average (W, H, L), a numpy array."""
         for j in range(len(self.view)):
             self.view[j] /= len(self.covered(j))  # a window covers k as often as k's window covers it
-        return self.total
+        return self.view.movedim(0, self.axis).contiguous().cpu().numpy()

@@ -5,6 +5,7 @@ import numpy as np
 from running.data_folder import epoch_name, find_snapshots, results_folder, without_fold
 from running.files import load_volume
 from utils import DSC_computation, post_processing
+from volumes.planes import region
 
 AGREEMENTS = ('0.90', '0.95', '0.98', '0.99')  # inter-iteration DSC at which a user might stop
 
@@ -20,7 +21,10 @@ def coarse_to_fine(coarse_volumes, fine, image, threshold, organ_ID):
     mask = (score >= threshold).astype(np.uint8)
     yield mask, score
     while mask.any():
-        score = sum(tester.predict(image, score=score, mask=mask) for tester in fine) / np.float32(len(fine))
+        place = region(mask, fine[0].reach)  # the rest of the scan does not matter
+        inside = sum(tester.predict(image[place], score=score[place], mask=mask[place]) for tester in fine)
+        score = np.zeros_like(score)
+        score[place] = inside / np.float32(len(fine))
         mask = (score >= threshold).astype(np.uint8)
         mask = post_processing(mask, mask.copy(), 0.5, organ_ID)
         yield mask, score

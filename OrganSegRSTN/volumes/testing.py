@@ -25,7 +25,9 @@ from scans.nifti import export
 from utils import DSC_computation, to_unit
 from volumes.planes import SliceAverage, plane_view, slice_window
 
-PIXELS_AT_ONCE = 2**16  # of the slices that the coarse network sees in one batch
+PIXELS_AT_ONCE = {'cpu': 2**17, 'cuda': 2**20}  # of the slice windows in a batch
+SMALL = (np.bool_, np.uint8, np.int16)  # types that travel to a device as they are
+SALIENCY_REACH = 3  # pixels: of its convolutions of 3 x 3 and 5 x 5
 
 
 class PlaneSettings(NamedTuple):
@@ -48,6 +50,11 @@ class PlaneTester:
     def __init__(self, plane, paths, TEST, settings, facts=None):
         self.plane, self.paths, self.TEST, self.settings = plane, paths, TEST, settings
         self.facts, self.net = facts, None
+
+    @property
+    def reach(self):
+        """Return the voxels around a mask that the fine network's output there depends on."""
+        return self.settings.margin + SALIENCY_REACH
 
     def predict(self, image, **volumes):
         """Return the probability (W, H, L) float32 of the organ in `image` (W, H, L) HU; see predict_volume."""
@@ -77,29 +84,39 @@ def predict_volume(net, image, plane, settings, label=None, score=None, mask=Non
     testing 'O' and 'F', of the image's shape. A window without a voxel of label or mask is skipped:
     its output is 0. -> (W, H, L) float32
     """
-    views = {'image': image, 'label': label, 'score': score, 'mask': mask}
-    views = {name: plane_view(volume, plane) for name, volume in views.items() if volume is not None}
-    marks = views.get('label', views.get('mask'))
-    average = SliceAverage(image.shape, plane, settings.thickness)
+    device = settings.device
+    hosted = {'label': label, 'mask': mask}  # the boxes are looked up on the CPU
+    views = {name: slices_on('cpu', one, plane) for name, one in hosted.items() if one is not None}
+    marks = next(iter(views.values()), None)
+    views['image'] = slices_on(device, image, plane)
+    if score is not None:
+        views['score'] = slices_on(device, score, plane)
+    average = SliceAverage(image.shape, plane, settings.thickness, device)
     slices = len(views['image'])
-    windows = {j: slice_window(j, slices, settings.thickness) for j in range(slices)}
-    seen = [j for j, ids in windows.items() if marks is None or marks[ids].any()]
-    batch = max(PIXELS_AT_ONCE // views['image'][0].size, 1) if marks is None else 1  # boxes differ in size
+    windows = torch.tensor([slice_window(j, slices, settings.thickness) for j in range(slices)])  # (slices, 3)
+    marked = torch.ones(slices, dtype=bool) if marks is None else marks.flatten(1).any(1)
+    seen = marked[windows].any(1).nonzero().flatten().tolist()
+    batch = max(PIXELS_AT_ONCE[device.type] // views['image'][0].numel(), 1)
     for first in tqdm(
         range(0, len(seen), batch), desc=f'plane {plane}', leave=False, disable=processes.rank() > 0 or None
     ):
         places = seen[first : first + batch]
-        ids = np.array([windows[j] for j in places])  # (N, 3)
+        ids = windows[places]  # (N, 3)
         inputs = {
-            name: view[ids[:, : settings.thickness]].astype(np.float32)
+            name: view[ids[:, : settings.thickness].to(view.device)].float()
             for name, view in views.items()
             if name != 'image'
         }
-        inputs['image'] = to_unit(views['image'][ids], *settings.intensity_window)  # (N, 3, A, B)
-        outputs = net(**{name: torch.from_numpy(array).to(settings.device) for name, array in inputs.items()})
-        for j, output in zip(places, outputs.cpu().numpy()):
+        inputs['image'] = to_unit(views['image'][ids.to(device)], *settings.intensity_window)  # (N, 3, A, B)
+        for j, output in zip(places, net(**inputs)):
             average.add(j, output)
     return average.volume()
+
+
+def slices_on(device, volume, plane):
+    """Return a volume (W, H, L) on a device as (slices, A, B): int16 and uint8 as they are, other numbers as float32."""
+    volume = np.require(volume if volume.dtype in SMALL else volume.astype(np.float32), requirements=['C', 'W'])
+    return torch.from_numpy(plane_view(volume, plane)).to(device)
 
 
 def to_bytes(probability):
