@@ -8,6 +8,7 @@ is missing or broken becomes a line of the report. The page opens from disk, wit
 compared with the published figures in logs/published.json.
 
 Beside the page: summary.json with all figures; the table of results as results.csv and results.tex.
+Beside the snapshots: trust_J3_1.json, from which predict.py predicts the DSC of a new mask.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from reporting.reference import published_references, read_references
 from reporting.runs import RunReport
 from reporting.scores import AGREEMENTS, read_results
 from reporting.tables import write_csv, write_latex
+from reporting.trust import LEAST, SIGNALS, calibration_file
 from running.files import errors_naming, locked, write_json
 from running.results import code
 
@@ -61,6 +63,8 @@ def main():
         write_latex(folder / 'results.tex', reports)
         page = render(**content, logs=charts, references=references or published, published=bool(published))
         (folder / 'index.html').write_text(page, encoding='utf-8')
+    for run in reports:
+        save_calibration(data, run)
     size = sum(file.stat().st_size for file in (data / 'report').rglob('*') if file.is_file())
     print(f'written: {data / "report" / "index.html"} ({size / 1e6:.1f} MB with its pictures)')
 
@@ -92,6 +96,19 @@ def fresh_folder(path):
             shutil.rmtree(part, ignore_errors=True)
 
 
+def save_calibration(data, run):
+    """Write a run's calibration beside its snapshots; print a line where there is one."""
+    snapshots = data / 'models' / 'snapshots' / f'SIJ_training_{run["settings"]}'
+    if not (run['trust'] and run['trust']['calibration'] and snapshots.is_dir()):
+        return
+    path = calibration_file(snapshots, run['thickness'], run['organ'])
+    try:
+        write_json(path, run['trust']['calibration'])
+        print(f'written: {path}')
+    except OSError as error:
+        print(f'note: predict.py will not predict the DSC: {error}')
+
+
 def loss_chart(source, folder, index, log):
     """{file, title, text} of a training log's chart."""
     file = f'charts/log{index}.svg'
@@ -120,7 +137,7 @@ def summary(name, runs, notices):
         cases = [{k: v for k, v in case.items() if k not in ('planes', 'id')} for case in run['cases']]
         settings = {key: run[key] for key in ('organ', 'organ_name', 'settings', 'thickness', 'epoch', 'folds')}
         stops = [stop | {key: stop[key]._asdict() for key in ('rounds', 'DSC')} for stop in run['stops']]
-        kept.append(settings | {'results': results, 'stops': stops, 'cases': cases})
+        kept.append(settings | {'results': results, 'stops': stops, 'cases': cases, 'trust': run['trust']})
     return code() | {'name': name, 'NSD_tolerance': TOLERANCE, 'runs': kept, 'notices': notices}
 
 
@@ -160,7 +177,14 @@ def render(**content):
     )
     environment.filters |= {'percent': percent, 'number': number, 'volume': volume, 'coverage': coverage}
     return environment.get_template('page.html').render(
-        content, colours=COLOURS, columns=COLUMNS, tolerance=TOLERANCE, resamples=RESAMPLES, agreement=AGREEMENTS[-1]
+        content,
+        colours=COLOURS,
+        columns=COLUMNS,
+        tolerance=TOLERANCE,
+        resamples=RESAMPLES,
+        agreement=AGREEMENTS[-1],
+        least=LEAST,
+        signals=SIGNALS,
     )
 
 

@@ -2,11 +2,23 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 from conftest import coarse2fine_args
 
+from reporting.trust import (
+    calibrate,
+    calibration_file,
+    case_signals,
+    predict,
+    quality,
+    read_calibration,
+    ridge,
+    trust_line,
+)
+from running.files import write_json
 from volumes.trust import (
     Watch,
     Watched,
@@ -163,14 +175,147 @@ def test_coarse_to_fine_records_its_signals_beside_the_same_results(tested, call
     (folder / 'signals' / '1.json').write_text('{"rounds": [7]}')
     call('coarse2fine_testing.py', *coarse2fine_args(tested))
     kept = json.loads((folder / 'results.json').read_text())['cases'][0]['signals']
-    assert kept['rounds'][1] == {name: record['rounds'][1][name] for name in ('voxels', 'inter_iteration')}
+    assert kept['rounds'][1] == {
+        name: record['rounds'][1][name] for name in ('voxels', 'inter_iteration', 'from_start')
+    }
     assert kept['contraction'] == record['contraction'] and (folder / 'results.txt').read_bytes() == text
 
 
 def test_the_record_of_masks_alone():
     masks = [row(1, 1, 1, 0, kind=np.uint8), row(1, 1, 0, 0, kind=np.uint8)]
     assert record_of_masks(masks) == {
-        'rounds': [{'voxels': 3, 'inter_iteration': None}, {'voxels': 2, 'inter_iteration': 0.8}],
+        'rounds': [{'voxels': 3}, {'voxels': 2, 'inter_iteration': 0.8, 'from_start': 0.8}],
         'contraction': None,
         'probes': [],
     }
+
+
+# --- the predicted DSC ---------------------------------------------------------------------------------------------
+
+
+def made_cases(count, seed=0):
+    """{name: (signals, DSC)}: rounds that agree better have the better DSC, but for some noise."""
+    random = np.random.default_rng(seed)
+    values = np.linspace(0.5, 0.9, count)
+    inters = np.clip(0.8 + 0.2 * values + random.normal(0, 0.003, count), 0, 1)
+    return {
+        f'case{i}': ({'inter_iteration': float(inter), 'planes': float(random.uniform(0.1, 0.5))}, float(value))
+        for i, (inter, value) in enumerate(zip(inters, values))
+    }
+
+
+def test_the_signals_are_those_of_the_round_where_a_case_stops():
+    record = {'rounds': [{'voxels': 3, 'planes': 0.4}, {'voxels': 2, 'planes': 0.3, 'inter_iteration': 0.8, 'x': 1},
+                         {'voxels': 0}]}  # fmt: skip
+    assert case_signals(record, 0) == {'planes': 0.4}
+    assert case_signals(record, 1) == {'inter_iteration': 0.8, 'planes': 0.3}
+    assert case_signals(record) == {}, 'nothing found: no signals'
+
+
+def test_each_case_is_predicted_without_its_own_label():
+    cases = made_cases(8)
+    calibration = calibrate(cases)
+    changed = calibrate(cases | {'case3': (cases['case3'][0], 0.1)})
+    assert changed['left_out'][3] == calibration['left_out'][3]
+    assert changed['left_out'][2] != calibration['left_out'][2]
+    assert np.abs(np.subtract(calibration['left_out'], calibration['DSC'])).max() < 0.1
+
+
+def test_fewer_than_six_cases_predict_nothing():
+    assert calibrate(made_cases(5)) is None and calibrate(made_cases(6))['signals'] == ['inter_iteration', 'planes']
+
+
+def test_only_signals_that_all_cases_have_are_used():
+    cases = made_cases(6)
+    del cases['case2'][0]['planes']
+    assert calibrate(cases)['signals'] == ['inter_iteration']
+    del cases['case1'][0]['inter_iteration']
+    assert calibrate(cases) is None
+
+
+def test_what_predictions_are_worth():
+    found = quality(calibrate(made_cases(8)))
+    assert found['rank_correlation'] > 0.9 and found['rank_correlation_of_signals']['inter_iteration'] > 0.9
+    assert found['worst'] == ['case0', 'case1'] and 'case0' in found['caught'] and found['mean_error'] < 0.1
+
+
+def test_ridge_is_the_published_solution():
+    """Augmented least squares: rows of sqrt(penalty) with the value 0."""
+    random = np.random.default_rng(1)
+    table, values = random.uniform(0.2, 0.8, (9, 2)), random.uniform(0.4, 0.6, 9)
+    x = np.log(table / (1 - table))
+    scaled = (x - x.mean(0)) / x.std(0)
+    weights, *_ = np.linalg.lstsq(np.r_[scaled, np.eye(2)], np.r_[values - values.mean(), 0, 0], rcond=None)
+    assert ridge(table, values)(table[4]) == pytest.approx(values.mean() + scaled[4] @ weights)
+
+
+def test_the_interval_holds_nine_in_ten_of_the_errors_and_all_of_few():
+    few, many = calibrate(made_cases(6)), calibrate(made_cases(30))
+    for calibration, least in ((few, 6), (many, 28)):
+        value, low, high, _ = predict(calibration, made_cases(6)['case3'][0])
+        errors = np.abs(np.subtract(calibration['left_out'], calibration['DSC']))
+        assert (errors <= max(high - value, value - low) + 1e-12).sum() == least
+
+
+def test_a_low_or_strange_prediction_asks_to_look_at_the_scan():
+    calibration = calibrate(made_cases(8))
+    assert predict(calibration, {'inter_iteration': 0.9, 'planes': 0.3})[3]
+    assert not predict(calibration, {'inter_iteration': 0.97, 'planes': 0.3})[3]
+    assert predict(calibration, {'inter_iteration': 0.97, 'planes': 0.9999})[3], 'unlike the test cases'
+
+
+def test_the_line_of_a_new_scan(tmp_path):
+    record = {'rounds': [{'voxels': 9, 'planes': 0.5}, {'voxels': 9, 'planes': 0.31, 'inter_iteration': 0.9}]}
+    path = calibration_file(tmp_path, 3, 1)
+    assert trust_line(record, path).startswith(f'planes disagree on 31 %; no predicted DSC: report.py writes {path}')
+    write_json(path, calibrate(made_cases(8)))
+    assert re.fullmatch(
+        r'predicted DSC 0\.\d\d \(0\.\d\d to 0\.\d\d\); planes disagree on 31 %: look at this scan',
+        trust_line(record, path),
+    )
+    assert (
+        trust_line({'rounds': record['rounds'][:1]}, path)
+        == 'planes disagree on 50 %; no predicted DSC without a fine round'
+    )
+    assert trust_line({'rounds': [{'voxels': 0}]}, path) == ''
+
+
+@pytest.mark.parametrize('change', [{'table': [[1]]}, {'DSC': 3}, {'signals': ['size']}, {'left_out': [math.nan] * 8}])
+def test_a_damaged_calibration_is_one_line(tmp_path, change):
+    path = calibration_file(tmp_path, 3, 1)
+    write_json(path, calibrate(made_cases(8)) | change)
+    with pytest.raises(ValueError, match=f'{path}: not a calibration; run report.py again'):
+        read_calibration(path)
+
+
+def results_of(cases):
+    """A results.txt of cases with one fine round, as the published pipeline writes it."""
+    lines = ['Fusing results of 1 snapshots:']
+    for number, (signals, DSC) in enumerate(cases.values(), 1):
+        inter, both = round(signals['inter_iteration'] * 1000), round(DSC * 1000)
+        lines += [f'  Testcase {number}:', f'    Round 0, DSC = 2 * {both - 9} / (1000 + 1000) = 0 .',
+                  f'    Round 1, DSC = 2 * {both} / (1000 + 1000) = 0 .',
+                  f'      Inter-iteration DSC = 2 * {inter} / (1000 + 1000) = 0 .']  # fmt: skip
+    return '\n'.join([*lines, 'Round 0, Average DSC = 0 .']) + '\n'
+
+
+@pytest.mark.parametrize('count', [5, 8])
+def test_the_report_predicts_and_saves_its_calibration(tmp_path, call, count):
+    data = tmp_path / 'data'
+    folder = data / 'results/coarse2fine_testing_1e-5x10,20' / 'FD0:XJ3_1,YJ3_1,ZJ3_1:e2682_0.5_0.5,1'
+    snapshots = data / 'models/snapshots/SIJ_training_1e-5x10,20'
+    for path in (folder, snapshots):
+        path.mkdir(parents=True)
+    (folder / 'results.txt').write_text(results_of(made_cases(count)))
+    done = call('report.py', data)
+    assert done.code == 0, done.err
+    page = (data / 'report/index.html').read_text()
+    trust = json.loads((data / 'report/summary.json').read_text())['runs'][0]['trust']
+    path = calibration_file(snapshots, 3, 1)
+    assert path.exists() == (count == 8) == (f'written: {path}' in done.out)
+    if count < 8:
+        assert trust['calibration'] is None and 'no predicted DSC from fewer than 6' in page
+        return
+    assert trust['rank_correlation'] > 0.9 and len(trust['signals']) == 8
+    assert trust['signals'][0]['predicted'] == read_calibration(path)['left_out'][0]
+    assert 'would have caught case 1 of fold 0' in page and (data / 'report/charts/run0_trust.svg').exists()

@@ -97,6 +97,20 @@ def draw_gain(axes, cases):
     axes.set_xticks(places, short if size > 3 else [], rotation=angle, fontsize=size, parse_math=False)
 
 
+def draw_trust(axes, cases):
+    """Draw predicted against true DSC of [(predicted, true, whether it is one of the worst)]."""
+    predicted, true, worst = map(np.array, zip(*cases))
+    low = max(100 * min(predicted.min(), true.min()) - 5, 0)
+    axes.plot([low, 100], [low, 100], color=FAINT, lw=1, zorder=1)
+    for marks, colour, name in (
+        (~worst, INK, 'a case'),
+        (worst, COLOURS['prediction'], 'a quarter of the cases: the worst'),
+    ):
+        axes.scatter(100 * predicted[marks], 100 * true[marks], s=22, color=colour, label=name)
+    axes.legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
+    axes.set(xlabel='predicted DSC (%)', ylabel='true DSC (%)', xlim=(low, 100), ylim=(low, 100), aspect='equal')
+
+
 MARGIN, LEAST = 12, 64  # voxels: around the box of label and prediction; at least shown along each axis
 MOST_PIXELS = 256  # a side of a slice; a wider one is thinned
 COLUMNS = 8  # of slices in a sheet

@@ -3,8 +3,9 @@
 import json
 import math
 
+from reporting import trust
 from reporting.measures import compare_surfaces, spread
-from reporting.pictures import draw_gain, draw_rounds, write_chart, write_planes
+from reporting.pictures import draw_gain, draw_rounds, draw_trust, write_chart, write_planes
 from reporting.scores import AGREEMENTS, results_table
 from utils import DSC_computation
 
@@ -49,6 +50,7 @@ class RunReport:
             'cases': cases,
             'stops': self.stops(),
             'charts': run_charts(self.folder, self.index, cases),
+            'trust': self.trust(),
         }
 
     def row(self, key, values):
@@ -106,6 +108,34 @@ class RunReport:
             'stopped_at_round': case.stop(float(AGREEMENTS[-1])) if rounds else None,
             'best_round': case.best() if rounds else None,
         }
+
+    def trust(self):
+        """How well the signals of the rounds predict the DSC where a case stops, and the calibration; None without rounds."""
+        folders = self.stages.get('coarse2fine', {})
+        places = [
+            (fold, n) for fold in sorted(folders) for n, case in sorted(folders[fold].cases.items()) if case.rounds()
+        ]
+        if not places:
+            return None
+        cases, signals = {}, []
+        for fold, number in places:
+            case, name = folders[fold].cases[number], self.source.case_name(fold, number)
+            stop = case.stop(float(AGREEMENTS[-1]))
+            found, value = trust.case_signals(case.record(), stop), case.rounds()[stop].value
+            signals.append({'case': name, 'DSC': value, 'predicted': None, **dict.fromkeys(trust.SIGNALS), **found})
+            if found and not math.isnan(value):
+                cases[name] = found, value
+        calibration = trust.calibrate(cases)
+        shown = {'signals': signals, 'counted': len(cases), 'calibration': calibration}
+        if calibration:
+            predicted = dict(zip(calibration['cases'], calibration['left_out']))
+            for case in signals:
+                case['predicted'] = predicted.get(case['case'])
+            shown |= trust.quality(calibration) | {'chart': f'charts/run{self.index}_trust.svg'}
+            points = [(case['predicted'], case['DSC'], case['case'] in shown['worst']) for case in signals]
+            points = [point for point in points if point[0] is not None]
+            write_chart(self.folder / shown['chart'], draw_trust, (3.6, 3.4), points)
+        return shown
 
     def stops(self):
         """For each stopping threshold: the Spread of the rounds needed, and the cases that reached it."""

@@ -1,7 +1,7 @@
 """How far to trust a mask: signals of the fixed point (section 3.3), recorded without a label while the rounds run.
 
 The record of a case is plain data for JSON: {'rounds': [{voxels, planes, entropy, soft_DSC,
-inter_iteration, snapshots}, ...], 'contraction': ..., 'probes': [...]}. reporting/trust.py predicts the DSC from it.
+inter_iteration, from_start, snapshots}, ...], 'contraction': ..., 'probes': [...]}. reporting/trust.py predicts the DSC from it.
 """
 
 import copy
@@ -37,13 +37,14 @@ class Watch:
             score = coarse_probability(coarse_volumes)
             start = (score >= self.threshold).astype(np.uint8), score
         planes = [Watched(tester, self.threshold) for tester in fine]
-        votes, before = [volume >= 255 * self.threshold for volume in coarse_volumes], None
+        first, votes, before = start[0], [volume >= 255 * self.threshold for volume in coarse_volumes], None
         for mask, score in fixed_point(*start, planes, image, self.threshold, organ_ID):
             if before:
                 votes = [plane.vote for plane in planes]
             self.rounds.append(round_signals(mask, score, votes))
             if before:
                 self.rounds[-1]['inter_iteration'] = agreement(before[0], mask).value
+                self.rounds[-1]['from_start'] = agreement(first, mask).value
                 self.rounds[-1]['snapshots'] = mean_disagreement([plane.votes for plane in planes])
             if len(self.rounds) == 2:
                 self.changes = [
@@ -202,8 +203,8 @@ def checked(record):
 
 def record_of_masks(masks):
     """Return the record of stored masks alone, of results that were made without signals."""
-    inters = [agreement(before, mask).value for before, mask in zip(masks, masks[1:])]
-    rounds = [
-        {'voxels': int(np.count_nonzero(mask)), 'inter_iteration': inter} for mask, inter in zip(masks, [None, *inters])
-    ]
+    rounds = [{'voxels': int(np.count_nonzero(mask))} for mask in masks]
+    for values, before, mask in zip(rounds[1:], masks, masks[1:]):
+        values |= {'inter_iteration': agreement(before, mask).value, 'from_start': agreement(masks[0], mask).value}
+    inters = [values['inter_iteration'] for values in rounds[1:]]
     return {'rounds': rounds, 'contraction': contraction(inters), 'probes': []}
