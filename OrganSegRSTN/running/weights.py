@@ -105,17 +105,19 @@ def check_facts(path, facts, expected):
         print(f'{path}: does not say how it was trained; assumes ' + ', '.join(f'{k} {v}' for k, v in expected.items()))
     for name, value in expected.items():
         if name == 'spacing':
-            warn_of_spacing(value, facts.get(name))
+            if doubt := spacing_doubt(value, facts.get(name)):
+                print(f'warning: {doubt}')
         elif facts.get(name, value) != value:
             raise ValueError(f'{path}: trained with {name} {facts[name]}, not {value}')
 
 
-def warn_of_spacing(ours, trained):
-    """Print a warning where voxels (mm along each axis) are not about as large as in training."""
+def spacing_doubt(ours, trained):
+    """Return a sentence where voxels (mm along each axis) are not about as large as in training; else ''."""
     ratios = [max(one / other, other / one) for one, other in zip(ours, trained or ours)]
-    if max(ratios) > FAR_SPACING:
-        text, usual = (' x '.join(f'{size:.3g}' for size in sizes) for sizes in (ours, trained))
-        print(f'warning: voxels of {text} mm, but the networks were trained on {usual} mm')
+    if max(ratios) <= FAR_SPACING:
+        return ''
+    text, usual = (' x '.join(f'{size:.3g}' for size in sizes) for sizes in (ours, trained))
+    return f'voxels of {text} mm, but the networks were trained on {usual} mm'
 
 
 # --- before loading ------------------------------------------------------------------------------------------------
