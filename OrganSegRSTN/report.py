@@ -30,9 +30,9 @@ from reporting.reference import published_references, read_references
 from reporting.runs import RunReport
 from reporting.scores import AGREEMENTS, read_results
 from reporting.tables import write_csv, write_latex
-from reporting.trust import LEAST, SIGNALS, calibration_file
 from running.files import errors_naming, locked, write_json
 from running.results import code
+from volumes.calibration import LEAST, SIGNALS, calibration_file
 
 
 def main():

@@ -14,6 +14,7 @@ from conftest import coarse2fine_args, run_script, tiny_weights
 from raw_scans import make_slices, write_slices
 
 import predict
+import volumes.segmenting
 import volumes.testing
 from model import RSTN
 from running.files import load_volume
@@ -168,7 +169,7 @@ def write_geometry(path, affine, holds='position'):
 
 
 def orientation_of(told, snapshot, capsys):
-    codes = predict.training_orientation(told, predict.Training(4, 3), snapshot)
+    codes = volumes.segmenting.training_orientation(told, volumes.segmenting.Training(4, 3), snapshot)
     return codes, capsys.readouterr().out
 
 
@@ -187,7 +188,9 @@ def test_training_arrays_are_taken_to_lie_as_NIHs_unless_something_tells(tmp_pat
     assert orientation_of(None, tmp_path / 'other/place/SIJ_training_1e-5x10,20/FD0:XJ3_1.pkl', capsys)[0] == 'PLI'
     assert orientation_of(None, predict.Path('/x.pkl'), capsys)[0] == 'PLI'
     with pytest.raises(FileNotFoundError, match='no such geometry'):
-        predict.training_orientation(str(tmp_path / 'none.json'), predict.Training(4, 3), snapshot)
+        volumes.segmenting.training_orientation(
+            str(tmp_path / 'none.json'), volumes.segmenting.Training(4, 3), snapshot
+        )
 
 
 def test_networks_of_another_orientation_see_the_scan_their_way(canonical, snapshots, tmp_path):
@@ -415,7 +418,7 @@ def test_options_are_checked_before_any_work(scan, snapshots, tmp_path, call):
 
 
 def test_a_comma_separates_snapshots_but_also_stands_in_folder_names():
-    assert predict.split_snapshots('a,20/FD0:XJ3_1.pkl,a,20/FD1:XJ3_1.pkl,x.pth') == [
+    assert volumes.segmenting.split_snapshots('a,20/FD0:XJ3_1.pkl,a,20/FD1:XJ3_1.pkl,x.pth') == [
         predict.Path('a,20/FD0:XJ3_1.pkl'),
         predict.Path('a,20/FD1:XJ3_1.pkl'),
         predict.Path('x.pth'),
@@ -423,8 +426,8 @@ def test_a_comma_separates_snapshots_but_also_stands_in_folder_names():
 
 
 def test_the_margin_is_the_one_in_the_folders_name():
-    assert predict.named_margin(predict.Path('models/snapshots/SIJ_training_1e-4x10,10/FD0:XJ3_1.pkl')) == 10
-    assert predict.named_margin(predict.Path('elsewhere/FD0:XJ3_1.pkl')) == 20
+    assert volumes.segmenting.named_margin(predict.Path('models/snapshots/SIJ_training_1e-4x10,10/FD0:XJ3_1.pkl')) == 10
+    assert volumes.segmenting.named_margin(predict.Path('elsewhere/FD0:XJ3_1.pkl')) == 20
 
 
 # --- what snapshots say of their training --------------------------------------------------------------------------
@@ -507,7 +510,7 @@ def test_a_window_that_is_none_is_refused(scan, snapshots, tmp_path, call):
 
 
 def test_blanks_after_the_commas_of_a_list_are_allowed():
-    assert predict.split_snapshots('a.pkl, b.pkl') == [predict.Path('a.pkl'), predict.Path('b.pkl')]
+    assert volumes.segmenting.split_snapshots('a.pkl, b.pkl') == [predict.Path('a.pkl'), predict.Path('b.pkl')]
 
 
 def test_weights_of_the_fine_network_that_are_not_finite_are_found_before_the_coarse_step(

@@ -2,23 +2,21 @@
 
 import json
 import math
-import re
 
 import numpy as np
 import pytest
 from conftest import coarse2fine_args
 
-from reporting.trust import (
-    calibrate,
+from reporting.trust import calibrate, quality
+from running.files import write_json
+from volumes.calibration import (
     calibration_file,
     case_signals,
     predict,
-    quality,
+    print_trust,
     read_calibration,
     ridge,
-    trust_line,
 )
-from running.files import write_json
 from volumes.trust import (
     Watch,
     Watched,
@@ -264,20 +262,23 @@ def test_a_low_or_strange_prediction_asks_to_look_at_the_scan():
     assert predict(calibration, {'inter_iteration': 0.97, 'planes': 0.9999})[3], 'unlike the test cases'
 
 
-def test_the_line_of_a_new_scan(tmp_path):
+def test_the_line_of_a_new_scan(tmp_path, capsys):
     record = {'rounds': [{'voxels': 9, 'planes': 0.5}, {'voxels': 9, 'planes': 0.31, 'inter_iteration': 0.9}]}
     path = calibration_file(tmp_path, 3, 1)
-    assert trust_line(record, path).startswith(f'planes disagree on 31 %; no predicted DSC: report.py writes {path}')
+    assert print_trust(record, path) == {}
+    assert capsys.readouterr().out.startswith(f'planes disagree on 31 %; no predicted DSC: report.py writes {path}')
     write_json(path, calibrate(made_cases(8)))
-    assert re.fullmatch(
-        r'predicted DSC 0\.\d\d \(0\.\d\d to 0\.\d\d\); planes disagree on 31 %: look at this scan',
-        trust_line(record, path),
-    )
-    assert (
-        trust_line({'rounds': record['rounds'][:1]}, path)
-        == 'planes disagree on 50 %; no predicted DSC without a fine round'
-    )
-    assert trust_line({'rounds': [{'voxels': 0}]}, path) == ''
+    figures = print_trust(record, path)
+    line = 'predicted DSC {predicted_DSC:.2f} ({low:.2f} to {high:.2f}); planes disagree on 31 %: look at this scan\n'
+    assert capsys.readouterr().out == line.format(**figures) and figures['look_at_this_scan']
+    assert print_trust({'rounds': record['rounds'][:1]}, path) == {}
+    assert capsys.readouterr().out == 'planes disagree on 50 %; no predicted DSC without a fine round\n'
+    assert print_trust({'rounds': [{'voxels': 0}]}, path) == {} and capsys.readouterr().out == ''
+
+
+def test_the_inter_iteration_DSC_is_used_only_without_the_DSC_with_round_0():
+    cases = {name: (signals | {'from_start': 0.9}, value) for name, (signals, value) in made_cases(6).items()}
+    assert calibrate(cases)['signals'] == ['from_start', 'planes']
 
 
 @pytest.mark.parametrize('change', [{'table': [[1]]}, {'DSC': 3}, {'signals': ['size']}, {'left_out': [math.nan] * 8}])

@@ -187,8 +187,12 @@ def remarks(world, box, shape, count, axis, stride):
 
 
 def upright(volume, plane, rows, columns, found):
-    """The slices (N, rows, columns), head or front up, the patient's right on the left."""
-    view = plane_view(volume, plane)
+    """The slices (N, rows, columns) along a plane, head or front up, the patient's right on the left."""
+    return standing(plane_view(volume, plane), rows, columns, found)
+
+
+def standing(view, rows, columns, found):
+    """Slices (N, A, B), turned to stand so; rows, columns: the axes of the volume to run along them."""
     view = view if rows < columns else view.swapaxes(1, 2)
     flips = [slice(None, None, -1 if found and found[axis][1] > 0 else 1) for axis in (rows, columns)]
     return view[:, flips[0], flips[1]]

@@ -8,6 +8,7 @@ from reporting.measures import compare_surfaces, spread
 from reporting.pictures import draw_gain, draw_rounds, draw_trust, write_chart, write_planes
 from reporting.scores import AGREEMENTS, results_table
 from utils import DSC_computation
+from volumes.calibration import SIGNALS, case_signals
 
 HEADLINES = ['coarse2fine', 'coarse_fusion_F2P', 'coarse_Z', 'coarse_Y', 'coarse_X', 'oracle_fusion_F2P']  # the first
 MAIN = ['coarse_X', 'coarse_Y', 'coarse_Z', 'coarse_fusion_F2P', 'oracle_fusion_F2P', 'coarse2fine_R0', 'coarse2fine']
@@ -121,8 +122,8 @@ class RunReport:
         for fold, number in places:
             case, name = folders[fold].cases[number], self.source.case_name(fold, number)
             stop = case.stop(float(AGREEMENTS[-1]))
-            found, value = trust.case_signals(case.record(), stop), case.rounds()[stop].value
-            signals.append({'case': name, 'DSC': value, 'predicted': None, **dict.fromkeys(trust.SIGNALS), **found})
+            found, value = case_signals(case.record(), stop), case.rounds()[stop].value
+            signals.append({'case': name, 'DSC': value, 'predicted': None, **dict.fromkeys(SIGNALS), **found})
             if found and not math.isnan(value):
                 cases[name] = found, value
         calibration = trust.calibrate(cases)

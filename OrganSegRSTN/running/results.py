@@ -275,7 +275,9 @@ def code():
 
 @functools.cache
 def revision():
-    """Return the commit of the code, with `-dirty` where files differ from it; `unknown` without git."""
+    """Return the commit of the code, with `-dirty` where files differ from it; `unknown` without git, or installed."""
+    if not Path(__file__).resolve().parents[2].joinpath('.git').exists():  # else git names the repository around
+        return 'unknown'
     command = ['git', '-C', Path(__file__).resolve().parent, 'describe', '--always', '--dirty', '--abbrev=12']
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()

@@ -31,7 +31,7 @@ class Watch:
     def coarse_to_fine(self, coarse_volumes, fine, image, organ_ID, start=None):
         """Yield what volumes.rounds.coarse_to_fine does, and record it.
 
-        start: (mask, probability) of another round 0.
+        start: (mask, probability) of another round 0; without coarse_volumes its planes are unknown.
         """
         if start is None:
             score = coarse_probability(coarse_volumes)
@@ -78,6 +78,11 @@ class Watched:
             for one, path in zip(self.testers, tester.paths):
                 one.paths = [path]
 
+    @property
+    def reach(self):
+        """Return the reach of the tester."""
+        return self.testers[0].reach
+
     def predict(self, image, **volumes):
         """Return the mean probability of the snapshots, as PlaneTester.predict does."""
         total, self.votes = 0, []
@@ -99,7 +104,7 @@ def round_signals(mask, score, votes):
     """
     return {
         'voxels': int(np.count_nonzero(mask)),
-        'planes': disagreement(votes),
+        'planes': disagreement(votes) if votes else None,
         'entropy': entropy(score[mask > 0]),
         'soft_DSC': soft_DSC(mask, score),
     }
