@@ -6,6 +6,7 @@ import math
 from reporting.measures import compare_surfaces, spread
 from reporting.pictures import draw_gain, draw_rounds, write_chart, write_planes
 from reporting.scores import AGREEMENTS, results_table
+from reporting.surfaces import write_surfaces
 from utils import DSC_computation
 
 HEADLINES = ['coarse2fine', 'coarse_fusion_F2P', 'coarse_Z', 'coarse_Y', 'coarse_X', 'oracle_fusion_F2P']  # the first
@@ -157,6 +158,7 @@ class RunReport:
         folder = self.folder / 'cases'
         planes = write_planes(folder, case_id, image, masks, geometry, intensity_window, self.args.slices)
         content = {plane['plane']: {'sheet': plane['sheet'], 'contours': plane['contours']} for plane in planes}
+        write_surfaces(folder / f'{case_id}_3d.js', case_id, masks, geometry)
         (folder / f'{case_id}.js').write_text(f'showCase({json.dumps(case_id)}, {json.dumps(content)});\n')
         return planes
 
