@@ -352,8 +352,8 @@ def predict_one(args, organs, path, stem, how):
     """
     file, mask_file = Path(f'{stem}.json'), Path(f'{stem}{".dcm" if args.dicom else ".nii.gz"}')
     how = how | {'scan': scan_checksum(path)}
-    former = read_json(file) if file.exists() else {}
-    if mask_file.exists() or former:
+    former = read_record(file)
+    if mask_file.exists() or file.exists():
         before = former.get('made_with', {})
         if differing := [name for name in how if before.get(name) != how[name]]:
             if not args.overwrite:
@@ -367,6 +367,15 @@ def predict_one(args, organs, path, stem, how):
     write_json(file, {'made_with': how, 'organs': records})
     write_mask(mask_file, mask, scan, organs)
     return records, False
+
+
+def read_record(file):
+    """Return the record of a scan; {} where there is none, or it is none of ours."""
+    try:
+        found = read_json(file)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found.get('made_with'), dict) and isinstance(found.get('organs'), dict) else {}
 
 
 def scan_checksum(path):

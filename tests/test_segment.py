@@ -280,6 +280,8 @@ def test_masks_of_other_settings_scans_or_makers_are_never_taken_for_done(scans,
     assert [line.split(':')[0] for line in done.err.splitlines()] == ['2 of 3 scans failed', 'anna', 'bert']
     assert 'is there, made otherwise (' in done.err and '--overwrite' in done.err
     assert (out / 'bert.json').read_text() == '{"mine": 1}'
+    (out / 'bert.json').write_text('not JSON')
+    assert 'bert.nii.gz: is there, made otherwise' in predict(call, scans, out, *snapshots).err
 
     assert predict(call, scans, out, *snapshots, '--overwrite').code == 0
     assert predict(call, scans, out, *snapshots).out.count('(done before)') == 3

@@ -7,6 +7,7 @@ from reporting import trust
 from reporting.measures import compare_surfaces, spread
 from reporting.pictures import draw_gain, draw_rounds, draw_trust, write_chart, write_planes
 from reporting.scores import AGREEMENTS, results_table
+from reporting.surfaces import write_surfaces
 from utils import DSC_computation
 from volumes.calibration import SIGNALS, case_signals
 
@@ -188,6 +189,7 @@ class RunReport:
         folder = self.folder / 'cases'
         planes = write_planes(folder, case_id, image, masks, geometry, intensity_window, self.args.slices)
         content = {plane['plane']: {'sheet': plane['sheet'], 'contours': plane['contours']} for plane in planes}
+        write_surfaces(folder / f'{case_id}_3d.js', case_id, masks, geometry)
         (folder / f'{case_id}.js').write_text(f'showCase({json.dumps(case_id)}, {json.dumps(content)});\n')
         return planes
 
