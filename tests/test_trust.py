@@ -2,12 +2,17 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import coarse2fine_args
+import torch
+from conftest import coarse2fine_args, settings
 
+from Data import place_fact
+from reporting.explaining import look
 from reporting.trust import calibrate, quality
+from running.data_folder import read_cases
 from running.files import write_json
 from volumes.calibration import (
     calibration_file,
@@ -17,6 +22,10 @@ from volumes.calibration import (
     read_calibration,
     ridge,
 )
+from volumes.rounds import coarse_probability
+from volumes.segmenting import find
+from volumes.starting import given, place_voxels, starts
+from volumes.testing import PlaneSettings, PlaneTester
 from volumes.trust import (
     Watch,
     Watched,
@@ -320,3 +329,153 @@ def test_the_report_predicts_and_saves_its_calibration(tmp_path, call, count):
     assert trust['rank_correlation'] > 0.9 and len(trust['signals']) == 8
     assert trust['signals'][0]['predicted'] == read_calibration(path)['left_out'][0]
     assert 'would have caught case 1 of fold 0' in page and (data / 'report/charts/run0_trust.svg').exists()
+
+
+# --- other starts of a new scan ------------------------------------------------------------------------------------
+
+
+def test_lower_thresholds_and_the_place_follow_where_nothing_is_found():
+    coarse = [row(0, 15, 20, 0, 60, kind=np.uint8)] * 3  # at most 0.235
+    found = [(mask.ravel().tolist(), remark) for mask, _, remark in starts(coarse, 0.5, [0, 1, 0, 1, 0, 0.4])]
+    assert found == [
+        ([0, 0, 0, 0, 0], ''),
+        ([0, 0, 0, 0, 1], 'round 0 from the probability 0.1 on'),
+        ([0, 1, 1, 0, 0], 'round 0 from the probability 0.05 on'),  # the largest component
+        ([1, 1, 0, 0, 0], 'round 0 where the training cases have the organ'),
+    ]
+    assert len(list(starts(coarse, 0.5, None))) == 3
+    assert len(list(starts(coarse, 0.08, None))) == 2, 'only lower thresholds'
+
+
+def test_a_place_has_at_least_one_voxel():
+    assert place_voxels([0.2, 0.5, 1, 1, 0, 0], (10, 4, 3)) == [2, 5, 3, 4, 0, 1]
+
+
+def test_the_place_is_the_median_box_of_the_training_cases(data):
+    settings_ = settings(data)
+    cases = read_cases(data, 'training', 0)
+    boxes = []
+    for case in cases:
+        found = np.argwhere(case.label(data, 1))
+        low, high = found.min(0), found.max(0) + 1
+        boxes.append(np.ravel(np.column_stack([low, high])) / np.repeat(np.load(data / case.image_file).shape, 2))
+    assert place_fact(settings_, cases)['place'] == np.median(boxes, axis=0).tolist()
+    (data / 'lists/training_X.txt').unlink()
+    assert place_fact(settings_, cases) == {}
+
+
+def fake_networks(coarse, fine, place=None):
+    """Networks whose coarse testers see `coarse`, and whose fine ones see `fine`, wherever they look."""
+    testers = [SimpleNamespace(predict=lambda image: row(*coarse))] * 3
+    return SimpleNamespace(coarse=testers, fine=[Says(*fine)] * 3, keep=True, training=SimpleNamespace(place=place),
+                           settings=SimpleNamespace(margin=4))  # fmt: skip
+
+
+def test_a_scan_in_which_the_coarse_networks_find_nothing_is_tried_again(capsys):
+    warnings = []
+    mask, _, found = find(None, fake_networks([0.3, 0, 0], [0.9, 0.9, 0]), 3, 0.99, 0.5, warn=warnings.append)
+    assert mask.ravel().tolist() == [1, 1, 0] and found['start'] == 'round 0 from the probability 0.25 on'
+    assert warnings == ['found only with round 0 from the probability 0.25 on: look at this scan']
+    assert 'nothing found; tries again: round 0 from the probability 0.25 on' in capsys.readouterr().out
+    assert found['voxels_by_round'] == [1, 2, 2] and found['rounds'] == 2
+
+
+def test_the_last_place_to_look_is_that_of_the_training_cases():
+    place, warnings = [0, 1, 0, 1, 0.6, 1], []
+    networks = fake_networks([0, 0, 0], [0, 0, 0.9], place)
+    mask, _, found = find(None, networks, 3, 0.99, 0.5, warn=warnings.append)
+    assert mask.ravel().tolist() == [0, 0, 1] and 'where the training cases have the organ' in warnings[0]
+    networks.training.place = None
+    mask, _, found = find(None, networks, 3, 0.99, 0.5, warn=warnings.append)
+    assert not mask.any() and found['voxels'] == 0
+    assert warnings[1] == (
+        'the snapshots do not say where the training cases have the organ, so it is not looked for there'
+    )
+
+
+def test_a_given_start_needs_no_coarse_network_and_is_not_replaced():
+    networks = fake_networks([0.9, 0.9, 0.9], [0, 0, 0])
+    networks.coarse = None
+    start = given(row(1, 0, 0))
+    mask, _, found = find(None, networks, 3, 0.99, 0.5, start, warn=pytest.fail)
+    assert not mask.any() and found['start'] == 'given' and found['signals']['rounds'][0]['planes'] is None
+
+
+# --- comparisons ---------------------------------------------------------------------------------------------------
+
+
+def data_of(path, cases, settings='1e-5x10,20'):
+    """A data folder with a results.txt of these cases."""
+    folder = path / f'results/coarse2fine_testing_{settings}' / 'FD0:XJ3_1,YJ3_1,ZJ3_1:e2682_0.5_0.5,1'
+    folder.mkdir(parents=True)
+    (folder / 'results.txt').write_text(results_of(cases))
+    return path
+
+
+@pytest.mark.parametrize('count', [5, 8])
+def test_results_are_compared_case_by_case(tmp_path, call, count):
+    cases = made_cases(count)
+    better = {name: (signals, value + 0.01 + 0.002 * i) for i, (name, (signals, value)) in enumerate(cases.items())}
+    data, other = data_of(tmp_path / 'a', better), data_of(tmp_path / 'b', cases)
+    done = call('report.py', data, '--compare', other)
+    assert done.code == 0, done.err
+    (found,) = json.loads((data / 'report/summary.json').read_text())['comparisons']
+    differences = [case['difference'] for case in found['differences']]
+    assert found['names'] == ['a, 1e-5x10,20 e2682', 'b, 1e-5x10,20 e2682'] and found['higher'] == count
+    assert found['all']['mean'] == pytest.approx(np.mean(differences)) == pytest.approx(0.01 + 0.001 * (count - 1))
+    assert found['p'] == (None if count < 6 else pytest.approx(2 / 2**8)), 'all of eight are higher'
+    page = (data / 'report/index.html').read_text()
+    assert ('Fewer than 6 cases: this shows nothing.' in page) == (count < 6)
+    assert ('Wilcoxon signed-rank test: p = 0.0078' in page) == (count == 8)
+    assert (data / 'report/charts/compared0.svg').exists()
+
+
+def test_two_settings_in_one_folder_are_compared_once(tmp_path, call):
+    cases = made_cases(6)
+    data = data_of(data_of(tmp_path / 'a', cases), cases, settings='1e-4x10,20')
+    assert call('report.py', data, '--compare', data).code == 0
+    (found,) = json.loads((data / 'report/summary.json').read_text())['comparisons']
+    assert found['names'] == ['a, 1e-4x10,20 e2682', 'a, 1e-5x10,20 e2682'] and found['p'] is None
+    assert 'There is no difference.' in (data / 'report/index.html').read_text()
+
+
+def test_what_cannot_be_compared_is_said(tmp_path, call):
+    data = data_of(tmp_path / 'a', made_cases(6))
+    done = call('report.py', data, '--compare', data)
+    assert done.code == 0 and 'no two results of one organ to compare' in done.out
+    done = call('report.py', data, '--compare', tmp_path / 'none')
+    assert done.code == 1 and f'{tmp_path / "none"}: no such folder' in done.err
+
+
+# --- what the networks see -----------------------------------------------------------------------------------------
+
+
+def test_what_the_networks_see_is_what_testing_computes(tested, call):
+    call('coarse2fine_testing.py', *coarse2fine_args(tested))
+    volumes = [tested / f'results/coarse_testing_1e-5x10,4/FD0:{p}J3_1.pkl/volumes/e1111_1.npz' for p in 'XYZ']
+    score = coarse_probability([np.load(path)['volume'] for path in volumes])
+    mask, image = np.load(tested / FINE / 'volumes/R0_1.npz')['volume'], np.load(tested / 'images/0001.npy')
+    path = tested / 'models/snapshots/SIJ_training_1e-5x10,4/FD0:ZJ3_1.pkl'
+    tester = PlaneTester('Z', [path], 'F', PlaneSettings((-100.0, 240.0), 3, 4, torch.device('cpu'), 'fp32'))
+    panels, (a0, a1, b0, b1), j = look(tester, image, mask, score)
+    assert j == mask.sum(axis=(0, 1)).argmax()
+    fine, output = [], tester.load(path)
+    tester.net = lambda **inputs: fine.append(output(**inputs)) or fine[-1]
+    tester.predict(image, score=score, mask=mask)
+    order = [k for k in range(mask.shape[2]) if mask[:, :, max(k - 1, 0) : k + 2].any()]
+    np.testing.assert_allclose(panels['fine probability, round 1'], fine[order.index(j)][0, 1].numpy(), atol=1e-6)
+    outside = np.ones(mask.shape[:2], bool)
+    outside[a0:a1, b0:b1] = False
+    assert not panels['fine probability, round 1'][outside].any()
+    np.testing.assert_allclose(panels['the fine network sees'], panels['image'] * panels['saliency'], rtol=1e-6)
+
+
+def test_the_report_draws_the_worst_cases(tested, call):
+    call('coarse2fine_testing.py', *coarse2fine_args(tested))
+    assert call('report.py', tested, '--explain', 1).code == 0
+    files = sorted(path.name for path in (tested / 'report/cases').glob('*_seen.png'))
+    case = min(json.loads((tested / 'report/summary.json').read_text())['runs'][0]['cases'], key=lambda c: c['DSC'])
+    assert files == [f'run0_fold0_{case["number"]}_{plane}_seen.png' for plane in 'XYZ']
+    assert (tested / 'report/index.html').read_text().count('class="seen"') == 3
+    assert call('report.py', tested, '--explain', 0).code == 0
+    assert not list((tested / 'report/cases').glob('*_seen.png'))

@@ -1,6 +1,7 @@
 """Pictures of what the networks see (section 3.2): image, probability, saliency, the fine network's input and output."""
 
 import io
+import re
 
 import numpy as np
 import torch
@@ -8,14 +9,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from model import bounding_box
-from reporting.pictures import AS_PUBLISHED, COLOURS, INK, standing
+from reporting.pictures import AS_PUBLISHED, COLOURS, INK, anatomy, standing
 from running.data_folder import PLANES
-from running.files import atomic_write
+from running.files import atomic_write, read_volume
 from utils import to_unit
 from volumes.planes import plane_view, slice_window
+from volumes.rounds import coarse_probability
+from volumes.testing import PlaneSettings, PlaneTester
 
 WORLD = {'R': (0, 1), 'L': (0, -1), 'A': (1, 1), 'P': (1, -1), 'S': (2, 1), 'I': (2, -1)}
-TITLES = ('image', 'probability', 'saliency', 'the fine network sees', 'fine probability')
+TITLES = ('image', 'probability, round 0', 'saliency', 'the fine network sees', 'fine probability, round 1')
 
 
 def write_explanation(folder, image, networks, mask, score, spacing=None):
@@ -25,6 +28,30 @@ def write_explanation(folder, image, networks, mask, score, spacing=None):
         path = f'{folder}/{tester.plane}.png'
         write_panels(path, tester, image, mask, score, found, spacing)
         print(f'written: {path}')
+
+
+def explain_case(folder, case_id, tested, number, image, geometry, intensity_window):
+    """Write folder/{case_id}_{X|Y|Z}_seen.png of round 1 of a test case; return the files.
+
+    tested: ResultFolder of coarse to fine. Return [] if snapshots or coarse volumes are not there any more.
+    """
+    data, names = tested.path.parents[2], re.search(r':(X.+,Z[^:]+):', tested.path.name)[1].split(',')
+    names = [f'FD{tested.fold}:{name}.pkl' for name in names]
+    snapshots = [data / 'models' / 'snapshots' / f'SIJ_training_{tested.run.settings}' / name for name in names]
+    coarse = [data / 'results' / f'coarse_testing_{tested.run.settings}' / name for name in names]
+    volumes = [path / 'volumes' / f'{tested.run.epoch}_{number}.npz' for path in coarse]
+    if not all(path.exists() for path in (*snapshots, *volumes)):
+        return []
+    score = coarse_probability([read_volume(path, image.shape) for path in volumes])
+    mask = tested.mask('R0', number, image.shape)
+    margin, files = int(tested.run.settings.rpartition(',')[2]), []
+    settings = PlaneSettings(intensity_window, tested.run.thickness, margin, torch.device('cpu'), 'fp32')
+    for plane, path in zip(PLANES, snapshots if mask.any() else ()):
+        files.append(f'{folder.name}/{case_id}_{plane}_seen.png')
+        tester = PlaneTester(plane, [path], 'F', settings)
+        spacing = None if geometry is None else geometry.spacing
+        write_panels(folder.parent / files[-1], tester, image, mask, score, anatomy(geometry), spacing)
+    return files
 
 
 def write_panels(path, tester, image, mask, score, found=None, spacing=None):
@@ -48,7 +75,7 @@ def write_panels(path, tester, image, mask, score, found=None, spacing=None):
         panel = upright[title]
         if title == TITLES[3]:
             panel = panel[a0 : a0 + height, b0 : b0 + width]
-        ranges = {'probability': (0, 1), 'fine probability': (0, 1), 'image': (0, 1)}.get(title, (None, None))
+        ranges = (None, None) if title in TITLES[2:4] else (0, 1)
         colours = 'gray' if title in (TITLES[0], TITLES[3]) else 'magma'
         shown = axes.imshow(panel, cmap=colours, vmin=ranges[0], vmax=ranges[1], aspect=aspect, interpolation='nearest')
         figure.colorbar(shown, ax=axes, shrink=0.6, pad=0.02).ax.tick_params(labelsize=6)

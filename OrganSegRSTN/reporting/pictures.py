@@ -92,9 +92,27 @@ def draw_gain(axes, cases):
     axes.scatter(places, final, s=24, color=COLOURS['prediction'], label='coarse to fine')
     axes.legend(frameon=False, ncols=2, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
     axes.set(ylabel='DSC (%)', ylim=(-2, 102), xlim=(-0.7, len(cases) - 0.3))
+    name_cases(axes, names)
+
+
+def name_cases(axes, names):
+    """Write the names of cases under the places 0, 1, ... of a chart."""
     short = [name if len(name) <= 16 else f'{name[:15]}…' for name in names]
     size, angle = min(8, 540 / len(names)), 90 if len(names) > 8 else 0
-    axes.set_xticks(places, short if size > 3 else [], rotation=angle, fontsize=size, parse_math=False)
+    axes.set_xticks(np.arange(len(names)), short if size > 3 else [], rotation=angle, fontsize=size, parse_math=False)
+
+
+def draw_differences(axes, cases):
+    """Draw the paired differences of the DSC of [(name, difference)], in this order, and their mean."""
+    names, differences = zip(*cases)
+    differences = 100 * np.array(differences)
+    colours = [COLOURS['prediction'] if value < 0 else COLOURS['label'] for value in differences]
+    axes.bar(np.arange(len(names)), differences, color=colours, width=0.7)
+    axes.axhline(0, color=INK, lw=0.8)
+    axes.axhline(differences.mean(), color=FAINT, lw=1.2, ls='--', label=f'mean {differences.mean():+.2f}')
+    axes.legend(frameon=False, loc='upper left')
+    axes.set(ylabel='difference of DSC (%)', xlim=(-0.7, len(names) - 0.3))
+    name_cases(axes, names)
 
 
 def draw_trust(axes, cases):

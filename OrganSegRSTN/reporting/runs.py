@@ -4,6 +4,7 @@ import json
 import math
 
 from reporting import trust
+from reporting.explaining import explain_case
 from reporting.measures import compare_surfaces, spread
 from reporting.pictures import draw_gain, draw_rounds, draw_trust, write_chart, write_planes
 from reporting.scores import AGREEMENTS, results_table
@@ -37,6 +38,10 @@ class RunReport:
             self.source.notice(
                 f'no geometry of {len(in_voxels)} of {len(cases)} cases, measured in voxels: {", ".join(in_voxels)}'
             )
+        for case in sorted((case for case in cases if case['rounds']), key=lambda case: case['DSC'])[
+            : self.args.explain
+        ]:
+            case['seen'] = self.source.attempt(self.seen, case) or []
         rows = [self.row(key, values) for key, values in self.table.items()]
         shown = [case for case in cases if case['result'] == headline]
         return {
@@ -85,6 +90,7 @@ class RunReport:
             'fold': fold,
             'number': number,
             'result': result,
+            'seen': [],
             'DSC': dice.value,
             'missed': is_missed(dice),
             **rounds,
@@ -110,6 +116,15 @@ class RunReport:
             'stopped_at_round': case.stop(float(AGREEMENTS[-1])) if rounds else None,
             'best_round': case.best() if rounds else None,
         }
+
+    def seen(self, case):
+        """The pictures of what the networks see of a case; see explain_case."""
+        tested, number = self.stages['coarse2fine'][case['fold']], case['number']
+        image, geometry = self.source.image(tested.fold, number), self.source.geometry(tested.fold, number)
+        if image is None:
+            return []
+        intensity_window = tested.intensity_window() or (self.args.low_range, self.args.high_range)
+        return explain_case(self.folder / 'cases', case['id'], tested, number, image, geometry, intensity_window)
 
     def trust(self):
         """How well the signals of the rounds predict the DSC where a case stops, and the calibration; None without rounds."""

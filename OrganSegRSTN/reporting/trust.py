@@ -15,8 +15,7 @@ def calibrate(cases):
     round 0. `left_out` has the DSC of each case as the others predict it.
     """
     names = [name for name in SIGNALS if all(name in signals for signals, _ in cases.values())]
-    if 'from_start' in names:
-        names.remove('inter_iteration')
+    names = [name for name in names if name != 'inter_iteration' or 'from_start' not in names]
     if len(cases) < LEAST or not names:
         return None
     table = [[signals[name] for name in names] for signals, _ in cases.values()]
