@@ -16,6 +16,7 @@ import nibabel.orientations as axes
 import numpy as np
 import torch
 
+from model import PRECISIONS
 from running.data_folder import PLANES
 from running.processes import pick_device
 from running.weights import description, load_weights, spacing_doubt
@@ -42,6 +43,9 @@ def segment(image, affine, snapshots, rounds=10, stop_DSC=0.99, threshold=0.5, *
     segment_scan. Print the lines of predict.py; contextlib.redirect_stdout hides them. Raise
     ValueError or FileNotFoundError where something does not fit.
     """
+    for name, value, most in (('rounds', rounds, np.inf), ('stop_DSC', stop_DSC, 1), ('threshold', threshold, 1)):
+        if not 0 <= value <= most:
+            raise ValueError(f'{name} {value}: a number from 0{f" to {most}" if most == 1 else ""} is expected')
     networks = snapshots if isinstance(snapshots, Networks) else Networks(snapshots, **options)
     image = np.asarray(image)
     affine = None if affine is None else np.asarray(affine, float)
@@ -93,8 +97,7 @@ def find(image, networks, rounds, stop_DSC, threshold):
     volumes, voxels, inter = [], [], []
     for tester in networks.coarse:
         volumes.append(to_bytes(tester.predict(image)))
-        if not networks.keep:
-            tester.release()
+        networks.release(tester)
     before = None
     for mask, probability in coarse_to_fine(volumes, networks.fine, image, threshold, organ_ID=1):
         voxels.append(int(np.count_nonzero(mask)))
@@ -107,6 +110,7 @@ def find(image, networks, rounds, stop_DSC, threshold):
         if len(inter) == rounds or (inter and inter[-1] >= stop_DSC):
             break
         before, begin = mask, time.time()
+    networks.release(*networks.fine)
     print(f'rounds used: {len(inter)}')
     found = {'voxels': voxels[-1], 'rounds': len(inter), 'agreement': inter[-1] if inter else None}
     return mask, probability, found | {'voxels_by_round': voxels, 'inter_iteration_DSC': inter}
@@ -118,12 +122,16 @@ class Networks:
     snapshots: for each of the planes X, Y, Z a path, or a list of paths whose mean counts. device:
     number of the CUDA device, or cpu. low_range and high_range (HU), margin (pixels), orientation
     (axis codes such as PLI, a geometry/CASE.json, or 'stored'): of snapshots that do not hold them.
-    force: take a snapshot although its name is of another plane. keep: keep the coarse networks in
-    memory, too, for the next scan.
+    precision: fp32 or bf16. force: take a snapshot although its name is of another plane. keep: keep
+    the networks in memory for the next scan.
     """
 
     def __init__(self, snapshots, device='0', low_range=None, high_range=None, margin=None, orientation=None,
                  precision='fp32', force=False, keep=True):  # fmt: skip
+        if orientation and not is_orientation(orientation):
+            raise ValueError(f'orientation {orientation!r}: neither axis codes such as {NIH} nor a .json file')
+        if precision not in PRECISIONS:
+            raise ValueError(f'precision {precision!r}: {" or ".join(PRECISIONS)} is expected')
         paths = [[paths] if isinstance(paths, str | Path) else paths for paths in snapshots]
         self.paths = [[Path(path) for path in plane] for plane in paths]
         if len(self.paths) != len(PLANES) or not all(self.paths):
@@ -138,6 +146,11 @@ class Networks:
             for TEST in 'CF'
         )
         self.keep = keep
+
+    def release(self, *testers):
+        """Free the memory of these testers' networks, unless they are kept."""
+        for tester in () if self.keep else testers:
+            tester.release()
 
     def record(self):
         """Return what a mask depends on beside its scan."""
@@ -289,6 +302,12 @@ def named_margin(snapshot):
 
 
 # --- how arrays lie ------------------------------------------------------------------------------------------------
+
+
+def is_orientation(text):
+    """Return whether a text is axis codes, a geometry file, or 'stored'."""
+    codes = len(text) == 3 and all(sum(code in pair for code in text) == 1 for pair in ('LR', 'AP', 'SI'))
+    return codes or text == STORED or text.endswith('.json')
 
 
 def training_orientation(asked, training, snapshot):
