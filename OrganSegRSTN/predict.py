@@ -50,10 +50,12 @@ from scans.geometry import PUBLISHED, Scan
 from scans.nifti import affine_header, grid_header, is_nifti_name, read_nifti_image, write_nifti
 from scans.segmentation import UNNAMED, SegmentedSeries, import_highdicom, is_dicom_name, organ_code
 from volumes.fusion import merge
-from volumes.segmenting import NIH, STORED, Networks, organ_snapshots, segment_scan, split_snapshots
+from volumes.segmenting import NIH, STORED, Networks, is_orientation, organ_snapshots, segment_scan, split_snapshots
 from volumes.starting import read_box, read_start
 from volumes.testing import to_bytes
 from volumes.trust import PROBES
+
+NO_SERIES = 'a DICOM mask refers to a DICOM series, so INPUT must be the folder of one'
 
 
 def main():
@@ -130,11 +132,10 @@ def parse(argv=None):
 
 def orientation(text):
     """Type of --orientation: axis codes, a geometry file, or 'stored'."""
-    if text == STORED or text.endswith('.json'):
-        return text
-    if len(text) != 3 or any(sum(code in pair for code in text.upper()) != 1 for pair in ('LR', 'AP', 'SI')):
+    text = text if text == STORED or text.endswith('.json') else text.upper()
+    if not is_orientation(text):
         raise argparse.ArgumentTypeError(f'{text!r} is neither axis codes such as {NIH} nor a .json file')
-    return text.upper()
+    return text
 
 
 def names_a_folder(args):
@@ -156,10 +157,14 @@ def check_outputs(args):
         )
     if args.probability and (args.organs or not is_nifti_name(args.probability)):
         raise ValueError(f'{args.probability}: the probability of one organ is written, as .nii.gz or .nii; name it so')
+    if args.dicom and not names_a_folder(args):
+        raise ValueError(f'{args.OUTPUT}: --dicom goes with a folder of scans; name a DICOM mask .dcm')
     if is_dicom_name(args.OUTPUT) or args.dicom:
         import_highdicom()
         if not os.path.isdir(args.INPUT):
-            raise ValueError(f'{args.OUTPUT}: a DICOM mask refers to a DICOM series; INPUT must be its folder')
+            raise ValueError(f'{args.OUTPUT}: {NO_SERIES}')
+    elif args.code:
+        raise ValueError(f'{args.OUTPUT}: --code goes with a DICOM mask')
     for path in files:
         folder = next(folder for folder in path.absolute().parents if folder.exists())
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -187,17 +192,21 @@ def read_organs(args, device):
         snapshots = organ_snapshots(args.organs)
     else:
         snapshots = {1: [split_snapshots(getattr(args, f'SNAPSHOT_{plane}')) for plane in PLANES]}
-    codes = read_codes(args, snapshots)
-    return {organ: Organ(Networks(paths, device, **options), codes[organ]) for organ, paths in snapshots.items()}
+    codes, organs = read_codes(args, snapshots), {}
+    for number, paths in snapshots.items():
+        networks = Networks(paths, device, **options)
+        unnamed = f'organ {networks.training.organ_ID or number}', UNNAMED, None
+        organs[number] = Organ(networks, codes.get(number, unnamed))
+    return organs
 
 
 def read_codes(args, numbers):
-    """Return {number in the mask: (name, Code, side)}, of --code where it is given."""
-    found = {number: (f'organ {number}', UNNAMED, None) for number in numbers}
+    """Return {number in the mask: (name, Code, side)} of --code."""
+    found = {}
     for text in args.code:
         number, _, name = text.rpartition('=') if args.organs else ('1', '', text)
-        if not number.isdigit() or int(number) not in found:
-            raise ValueError(f'--code {text}: give the number of an organ and its name: {min(found)}=pancreas')
+        if not number.isdigit() or int(number) not in numbers:
+            raise ValueError(f'--code {text}: give the number of an organ and its name: {min(numbers)}=pancreas')
         found[int(number)] = (name.rpartition(':')[2], *organ_code(name))
     return found
 
@@ -232,6 +241,8 @@ def read_input(path, output=''):
         return Input(scan, affine_header(scan.geometry and scan.geometry.transposed()), notes, series)
     if not is_nifti_name(path):
         raise ValueError(f'{path}: neither a NIfTI file (.nii, .nii.gz) nor a folder with a DICOM series')
+    if is_dicom_name(output):
+        raise ValueError(f'{path}: {NO_SERIES}')
     return Input(read_nifti_image(path, say), grid_header(path), notes, None)
 
 

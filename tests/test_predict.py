@@ -549,6 +549,12 @@ def test_a_rough_mask_is_round_0_wherever_it_comes_from(canonical, scan, snapsho
     np.testing.assert_array_equal(mask_of(c), mask_of(a))
 
 
+@pytest.mark.parametrize('start', [np.ones((9, 8, 5)), np.zeros((9, 8, 6))])
+def test_a_start_of_segment_that_does_not_fit_is_refused(start, snapshots):
+    with pytest.raises(ValueError, match=r'a mask of the image, \(9, 8, 6\), that is not empty is expected'):
+        volumes.segmenting.segment(make_scan()[0], PLI, snapshots, device='cpu', start=start)
+
+
 @pytest.mark.parametrize(
     ('options', 'words'),
     [

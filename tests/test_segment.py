@@ -71,10 +71,14 @@ def test_networks_are_loaded_once_for_many_scans(snapshots, capsys):
     networks = Networks(snapshots, device='cpu')
     image, _ = make_scan()
     first = segment(image, PLI, networks, rounds=1)
+    assert all(tester.net for tester in networks.coarse + networks.fine)
     assert capsys.readouterr().out.count(': snapshot ') == 6
     again = segment(image, PLI, networks, rounds=1)
     assert ': snapshot ' not in capsys.readouterr().out
     np.testing.assert_array_equal(first[0], again[0])
+    once = Networks(snapshots, device='cpu', keep=False)
+    segment(image, PLI, once, rounds=1)
+    assert not any(tester.net for tester in once.coarse + once.fine)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +94,16 @@ def test_networks_are_loaded_once_for_many_scans(snapshots, capsys):
 def test_what_is_no_scan_is_a_ValueError(image, affine, words, snapshots):
     with pytest.raises(ValueError, match=words):
         segment(image, affine, Networks(snapshots, device='cpu'))
+
+
+@pytest.mark.parametrize(
+    'options',
+    [{'rounds': -1}, {'threshold': 2}, {'stop_DSC': np.nan}, {'orientation': 'PLX'}, {'precision': 'fp8'},
+     {'margin': 20, 'low_range': 300}],
+)  # fmt: skip
+def test_options_that_cannot_be_are_a_ValueError_that_names_them(options, snapshots):
+    with pytest.raises(ValueError, match=list(options)[-1]):
+        segment(make_scan()[0], PLI, snapshots, device='cpu', **options)
 
 
 def test_snapshots_of_fewer_planes_are_a_ValueError(snapshots):

@@ -133,9 +133,12 @@ def test_several_organs_are_segments_and_a_folder_of_series_one_file_each(highdi
     folder = save_organs(tmp_path / 'SIJ_training_1e-5x10,4', 1, 2)
     for name in ('anna', 'bert'):
         write_series(tmp_path / 'scans' / name)
+    (tmp_path / 'scans/cara.nii').touch()
     arguments = [tmp_path / 'scans', tmp_path / 'out', '--organs', folder, '--rounds', 0, '--device', 'cpu']
     done = call('predict.py', *arguments, '--dicom', '--code', '2=spleen')
-    assert done.code == 0, done.err
+    assert done.code == 1 and len(done.err.splitlines()) == 2, done.err
+    assert 'cara.nii: a DICOM mask refers to a DICOM series' in done.err
+    (tmp_path / 'scans/cara.nii').unlink()
     assert call('predict.py', *arguments[:1], tmp_path / 'nifti', *arguments[2:]).code == 0
     for name in ('anna', 'bert'):
         mask = mask_of(tmp_path / f'nifti/{name}.nii.gz').transpose(1, 0, 2)
@@ -173,7 +176,11 @@ def test_a_series_that_cannot_be_referred_to_is_refused_before_any_work(
 def test_DICOM_out_needs_DICOM_in_and_a_code_an_organ(highdicom, snapshots, tmp_path, call):
     (tmp_path / 'scan.nii').touch()
     done = call('predict.py', tmp_path / 'scan.nii', tmp_path / 'mask.dcm', *snapshots)
-    assert done.code == 1 and 'INPUT must be its folder' in done.err
+    assert done.code == 1 and 'INPUT must be the folder of one' in done.err
+    done = call('predict.py', tmp_path / 'scan.nii', tmp_path / 'mask.nii', *snapshots, '--code', 'liver')
+    assert done.code == 1 and '--code goes with a DICOM mask' in done.err
+    done = call('predict.py', tmp_path / 'scan.nii', tmp_path / 'mask.nii', *snapshots, '--dicom')
+    assert done.code == 1 and '--dicom goes with a folder of scans' in done.err
     folder = write_series(tmp_path / 'series')
     for code, words in (('gizzard', "'gizzard': not an organ in pydicom's SNOMED CT"),):
         done = call('predict.py', folder, tmp_path / 'mask.dcm', *snapshots, '--code', code)

@@ -368,7 +368,7 @@ def fake_networks(coarse, fine, place=None):
     """Networks whose coarse testers see `coarse`, and whose fine ones see `fine`, wherever they look."""
     testers = [SimpleNamespace(predict=lambda image: row(*coarse))] * 3
     return SimpleNamespace(coarse=testers, fine=[Says(*fine)] * 3, keep=True, training=SimpleNamespace(place=place),
-                           settings=SimpleNamespace(margin=4))  # fmt: skip
+                           settings=SimpleNamespace(margin=4), release=lambda *_: None)  # fmt: skip
 
 
 def test_a_scan_in_which_the_coarse_networks_find_nothing_is_tried_again(capsys):

@@ -1,6 +1,7 @@
 """DICOM segmentation objects, written by highdicom: an optional package, imported only here."""
 
 import re
+import warnings
 
 import numpy as np
 import pydicom
@@ -29,6 +30,7 @@ def import_highdicom():
         import highdicom
     except ImportError:
         raise ValueError(f'writing DICOM needs highdicom; install it with: pip install {HIGHDICOM}') from None
+    warnings.filterwarnings('ignore', module='highdicom')  # of patients' names as they are in the series
     return highdicom
 
 

@@ -17,6 +17,7 @@ import nibabel.orientations as axes
 import numpy as np
 import torch
 
+from model import PRECISIONS
 from running.data_folder import PLANES
 from running.processes import pick_device
 from running.weights import description, load_weights, spacing_doubt
@@ -47,6 +48,9 @@ def segment(image, affine, snapshots, rounds=10, stop_DSC=0.99, threshold=0.5, s
     segment_scan. Print the lines of predict.py; contextlib.redirect_stdout hides them. Raise
     ValueError or FileNotFoundError where something does not fit.
     """
+    for name, value, most in (('rounds', rounds, np.inf), ('stop_DSC', stop_DSC, 1), ('threshold', threshold, 1)):
+        if not 0 <= value <= most:
+            raise ValueError(f'{name} {value}: a number from 0{f" to {most}" if most == 1 else ""} is expected')
     networks = snapshots if isinstance(snapshots, Networks) else Networks(snapshots, **options)
     image = np.asarray(image)
     affine = None if affine is None else np.asarray(affine, float)
@@ -56,6 +60,8 @@ def segment(image, affine, snapshots, rounds=10, stop_DSC=0.99, threshold=0.5, s
         raise ValueError(f'affine {affine.tolist()}: (4, 4) that gives every voxel a place is expected; None: unknown')
     geometry = Geometry(np.eye(4) if affine is None else affine, 'nothing' if affine is None else what_it_holds(affine),
                         'image', 'array')  # fmt: skip
+    if start is not None and (np.shape(start) != image.shape or not np.any(start)):
+        raise ValueError(f'start {np.shape(start)}: a mask of the image, {image.shape}, that is not empty is expected')
     planes = (image[..., k] for k in range(image.shape[2]))
     scan = Volume(image.shape, planes, geometry).image(print)
     start = None if start is None else (np.asarray(start) > 0).transpose(PUBLISHED)
@@ -68,7 +74,8 @@ def segment_scan(scan, networks, rounds, stop_DSC, threshold, start=None, probes
 
     record: organ_ID, snapshots and settings; voxels and ml of the mask (None: voxels of unknown
     size); rounds used and their last agreement, an inter-iteration DSC (None: no fine round), both
-    also by round; start: what round 0 is; signals, see volumes.trust; trust: the figures of print_trust; warnings.
+    also by round; start: what round 0 is; signals, see volumes.trust; trust: the figures of
+    print_trust; warnings.
 
     start: mask of the scan's shape, round 0; explain: called with (image, networks, mask, probability)
     of round 0, which lie as in training, and their spacing (mm, or None).
@@ -111,8 +118,7 @@ def find(image, networks, rounds, stop_DSC, threshold, start=None, probes=0, exp
     volumes = []
     for tester in networks.coarse if start is None else ():
         volumes.append(to_bytes(tester.predict(image)))
-        if not networks.keep:
-            tester.release()
+        networks.release(tester)
     tried = [(*start, '')] if start else starts(volumes, threshold, networks.training.place)
     for *first, remark in tried:
         if remark:
@@ -128,6 +134,7 @@ def find(image, networks, rounds, stop_DSC, threshold, start=None, probes=0, exp
         warn(f'found only with {remark}: look at this scan')
     if not mask.any() and not start and not networks.training.place:
         warn('the snapshots do not say where the training cases have the organ, so it is not looked for there')
+    networks.release(*networks.fine)
     signals = watch.record()
     voxels = [values['voxels'] for values in signals['rounds']]
     inter = [values['inter_iteration'] for values in signals['rounds'][1:]]
@@ -163,12 +170,16 @@ class Networks:
     snapshots: for each of the planes X, Y, Z a path, or a list of paths whose mean counts. device:
     number of the CUDA device, or cpu. low_range and high_range (HU), margin (pixels), orientation
     (axis codes such as PLI, a geometry/CASE.json, or 'stored'): of snapshots that do not hold them.
-    force: take a snapshot although its name is of another plane. keep: keep the coarse networks in
-    memory, too, for the next scan.
+    precision: fp32 or bf16. force: take a snapshot although its name is of another plane. keep: keep
+    the networks in memory for the next scan.
     """
 
     def __init__(self, snapshots, device='0', low_range=None, high_range=None, margin=None, orientation=None,
                  precision='fp32', force=False, keep=True):  # fmt: skip
+        if orientation and not is_orientation(orientation):
+            raise ValueError(f'orientation {orientation!r}: neither axis codes such as {NIH} nor a .json file')
+        if precision not in PRECISIONS:
+            raise ValueError(f'precision {precision!r}: {" or ".join(PRECISIONS)} is expected')
         paths = [[paths] if isinstance(paths, str | Path) else paths for paths in snapshots]
         self.paths = [[Path(path) for path in plane] for plane in paths]
         if len(self.paths) != len(PLANES) or not all(self.paths):
@@ -187,6 +198,11 @@ class Networks:
     def calibration_file(self):
         """Return the path of what report.py writes beside the first snapshot, see volumes.calibration."""
         return calibration_file(self.paths[0][0].parent, self.settings.thickness, self.training.organ_ID)
+
+    def release(self, *testers):
+        """Free the memory of these testers' networks, unless they are kept."""
+        for tester in () if self.keep else testers:
+            tester.release()
 
     def record(self):
         """Return what a mask depends on beside its scan."""
@@ -339,6 +355,12 @@ def named_margin(snapshot):
 
 
 # --- how arrays lie ------------------------------------------------------------------------------------------------
+
+
+def is_orientation(text):
+    """Return whether a text is axis codes, a geometry file, or 'stored'."""
+    codes = len(text) == 3 and all(sum(code in pair for code in text) == 1 for pair in ('LR', 'AP', 'SI'))
+    return codes or text == STORED or text.endswith('.json')
 
 
 def training_orientation(asked, training, snapshot):
