@@ -268,7 +268,7 @@ def test_a_low_or_strange_prediction_asks_to_look_at_the_scan():
     calibration = calibrate(made_cases(8))
     assert predict(calibration, {'inter_iteration': 0.9, 'planes': 0.3})[3]
     assert not predict(calibration, {'inter_iteration': 0.97, 'planes': 0.3})[3]
-    assert predict(calibration, {'inter_iteration': 0.97, 'planes': 0.9999})[3], 'unlike the test cases'
+    assert predict(calibration, {'inter_iteration': 0.97, 'planes': 0.9999}) == (None, None, None, True), 'unlike them'
 
 
 def test_the_line_of_a_new_scan(tmp_path, capsys):
@@ -280,6 +280,11 @@ def test_the_line_of_a_new_scan(tmp_path, capsys):
     figures = print_trust(record, path)
     line = 'predicted DSC {predicted_DSC:.2f} ({low:.2f} to {high:.2f}); planes disagree on 31 %: look at this scan\n'
     assert capsys.readouterr().out == line.format(**figures) and figures['look_at_this_scan']
+    record['rounds'][-1]['planes'] = 0.9999
+    assert print_trust(record, path) == {'predicted_DSC': None, 'low': None, 'high': None, 'look_at_this_scan': True}
+    assert capsys.readouterr().out == (
+        'no predicted DSC, its signals are unlike those of the test cases; planes disagree on 100 %: look at this scan\n'
+    )
     assert print_trust({'rounds': record['rounds'][:1]}, path) == {}
     assert capsys.readouterr().out == 'planes disagree on 50 %; no predicted DSC without a fine round\n'
     assert print_trust({'rounds': [{'voxels': 0}]}, path) == {} and capsys.readouterr().out == ''

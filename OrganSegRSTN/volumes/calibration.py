@@ -38,16 +38,18 @@ def predict(calibration, signals):
     """Return (predicted DSC, low, high, whether to look at the scan) of a case with these signals.
 
     The interval holds as many of the errors of the cases left out as COVERAGE says (all, of fewer than nine).
-    To look at: predicted among the lowest WORST of these cases, or with a signal unlike all of theirs.
+    To look at: predicted among the lowest WORST of these cases. None, and to look at: a signal lies more than
+    FAR standard deviations from those of the cases, where the fit says nothing.
     """
     row = [signals[name] for name in calibration['signals']]
+    scores = logit([*calibration['table'], row])
+    if (np.abs(scores[-1] - scores[:-1].mean(axis=0)) > FAR * np.maximum(scores[:-1].std(axis=0), 0.1)).any():
+        return None, None, None, True
     value = ridge(calibration['table'], calibration['DSC'])(row)
     errors = np.sort(np.abs(np.subtract(calibration['left_out'], calibration['DSC'])))
     width = float(errors[min(math.ceil(COVERAGE * (len(errors) + 1)), len(errors)) - 1])
     low = value <= np.sort(calibration['left_out'])[worst(len(errors)) - 1]
-    scores = logit([*calibration['table'], row])
-    strange = np.abs(scores[-1] - scores[:-1].mean(axis=0)) > FAR * np.maximum(scores[:-1].std(axis=0), 0.1)
-    return value, max(value - width, 0.0), min(value + width, 1.0), bool(low or strange.any())
+    return value, max(value - width, 0.0), min(value + width, 1.0), bool(low)
 
 
 def worst(count):
@@ -110,5 +112,8 @@ def print_trust(record, path):
         print(f'{planes}; no predicted DSC without a fine round')
         return {}
     value, low, high, look = predict(calibration, signals)
-    print(f'predicted DSC {value:.2f} ({low:.2f} to {high:.2f}); {planes}' + (': look at this scan' if look else ''))
+    predicted = 'no predicted DSC, its signals are unlike those of the test cases'
+    if value is not None:
+        predicted = f'predicted DSC {value:.2f} ({low:.2f} to {high:.2f})'
+    print(f'{predicted}; {planes}' + (': look at this scan' if look else ''))
     return {'predicted_DSC': value, 'low': low, 'high': high, 'look_at_this_scan': look}
