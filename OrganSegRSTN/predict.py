@@ -400,12 +400,15 @@ def scan_checksum(path):
 def summary(number, record):
     """Return a record as a line."""
     size = f'{record["voxels"]} voxels' if record['ml'] is None else f'{record["ml"]:.1f} ml'
+    predicted = record.get('trust', {}).get('predicted_DSC')
+    trust = '' if predicted is None else f', predicted DSC {predicted:.2f}'
     warnings = ''.join(f', warning: {text}' for text in record['warnings'])
-    return f'label {number}: {size}, {record["rounds"]} rounds{warnings}'
+    return f'label {number}: {size}, {record["rounds"]} rounds{trust}{warnings}'
 
 
 def write_table(path, rows):
-    """Write the figures of the scans' records as CSV, a line for each scan and organ."""
+    """Write the figures of the scans' records, and of their `trust`, as CSV: a line for each scan and organ."""
+    rows = [row | row.get('trust', {}) for row in rows]
     columns = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list | dict))
     columns.pop('error', None)
     with atomic_write(path, 'w') as file:

@@ -13,6 +13,7 @@ from conftest import REPO, run_script, tiny_weights
 from raw_scans import make_slices, write_slices
 from test_predict import PLI, loaded_once, make_scan, mask_of, save_snapshots, turned, write  # noqa: F401
 
+import predict as predict_script
 from running.files import read_json
 from volumes.fusion import merge
 from volumes.segmenting import Networks, folder_snapshots, organ_snapshots, segment
@@ -304,6 +305,18 @@ def test_masks_of_other_settings_scans_or_makers_are_never_taken_for_done(scans,
     write(scans / 'bert.nii', make_scan(2)[0])
     changed = predict(call, scans, out, *snapshots)
     assert changed.code == 1 and 'bert.nii.gz: is there, made otherwise (scan)' in changed.err
+
+
+def test_the_table_has_a_column_for_each_figure_of_trust_that_a_record_holds(tmp_path):
+    record = {'voxels': 5, 'ml': 0.1, 'rounds': 2, 'notes': [], 'warnings': ['odd']}
+    trusted = record | {'trust': {'predicted_DSC': 0.8125, 'look_at_this_scan': True}}
+    predict_script.write_table(tmp_path / 'scans.csv', [
+        {'scan': 'anna', 'label': 1} | trusted, {'scan': 'a,b', 'label': 1} | record, {'scan': 'c', 'error': 'cut off'},
+    ])  # fmt: skip
+    rows = table(tmp_path)
+    assert rows['anna']['predicted_DSC'] == '0.8125' and rows['anna']['look_at_this_scan'] == 'True'
+    assert rows['a,b']['predicted_DSC'] == '' and rows['a,b']['warnings'] == 'odd' and rows['c']['error'] == 'cut off'
+    assert predict_script.summary(1, trusted) == 'label 1: 0.1 ml, 2 rounds, predicted DSC 0.81, warning: odd'
 
 
 def test_folders_that_cannot_be_meant_are_refused(scans, snapshots, tmp_path, call):
