@@ -287,6 +287,9 @@ def test_the_line_of_a_new_scan(tmp_path, capsys):
     )
     assert print_trust({'rounds': record['rounds'][:1]}, path) == {}
     assert capsys.readouterr().out == 'planes disagree on 50 %; no predicted DSC without a fine round\n'
+    assert print_trust(record, path, 'given') == {}
+    assert 'no predicted DSC: round 0 is not that of the coarse networks' in capsys.readouterr().out
+    assert print_trust({'rounds': [{'voxels': 9, 'planes': None}]}, path, 'given') == {}
     assert print_trust({'rounds': [{'voxels': 0}]}, path) == {} and capsys.readouterr().out == ''
 
 

@@ -110,7 +110,7 @@ def draw_differences(axes, cases):
     axes.bar(np.arange(len(names)), differences, color=colours, width=0.7)
     axes.axhline(0, color=INK, lw=0.8)
     axes.axhline(differences.mean(), color=FAINT, lw=1.2, ls='--', label=f'mean {differences.mean():+.2f}')
-    axes.legend(frameon=False, loc='upper left')
+    axes.legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
     axes.set(ylabel='difference of DSC (%)', xlim=(-0.7, len(names) - 0.3))
     name_cases(axes, names)
 

@@ -98,12 +98,18 @@ def read_calibration(path):
     return found
 
 
-def print_trust(record, path):
-    """Print the line that says how far to trust a mask, by the calibration at `path`; return its figures for JSON."""
+def print_trust(record, path, start='coarse'):
+    """Print the line that says how far to trust a mask, by the calibration at `path`; return its figures for JSON.
+
+    start: what round 0 is; of another one than the coarse networks' the signals are not those of the test cases.
+    """
     rounds = record['rounds']
-    if not rounds[-1]['voxels']:
+    if not rounds[-1]['voxels'] or rounds[-1]['planes'] is None:
         return {}
     planes = f'planes disagree on {100 * rounds[-1]["planes"]:.0f} %'
+    if start != 'coarse':
+        print(f'{planes}; no predicted DSC: round 0 is not that of the coarse networks')
+        return {}
     calibration, signals = read_calibration(path), case_signals(record)
     if calibration is None:
         print(f'{planes}; no predicted DSC: report.py writes {path} from {LEAST} or more test cases with labels')

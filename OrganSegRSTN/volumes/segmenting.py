@@ -103,7 +103,7 @@ def segment_scan(scan, networks, rounds, stop_DSC, threshold, start=None, probes
         warn('nothing found, the mask is empty; does the scan look, and lie, like those of the training?')
     ml = scan.geometry.voxel_ml * found['voxels'] if known(scan.geometry) else None
     print(f'volume: {found["voxels"]} voxels, ' + ('of unknown size' if ml is None else f'{ml:.1f} ml'))
-    trust = print_trust(found['signals'], networks.calibration_file()) if found['start'] == 'coarse' else {}
+    trust = print_trust(found['signals'], networks.calibration_file(), found['start'])
     record = networks.record() | found | {'ml': ml, 'trust': trust, 'warnings': warnings}
     return axes.apply_orientation(mask, back), axes.apply_orientation(probability, back), record
 
