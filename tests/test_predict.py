@@ -579,7 +579,8 @@ def test_the_record_holds_the_signals_and_the_predicted_DSC(scan, snapshots, tmp
     record = json.loads((tmp_path / 'record.json').read_text())['organs']['1']
     assert record['trust'] == {} and f'no predicted DSC: report.py writes {file}' in capsys.readouterr().out
     assert record['signals']['probes'] == [pytest.approx(1, abs=0.5)] and record['start'] == 'coarse'
-    cases = {str(i): ({'from_start': 0.5 + i / 20, 'planes': 0.1 + i / 30}, 0.9 - i / 20) for i in range(6)}
+    planes = record['signals']['rounds'][-1]['planes']
+    cases = {str(i): ({'planes': planes + (i - 2.5) / 100}, 0.9 - i / 20) for i in range(6)}
     write_json(file, calibrate(cases))
     try:
         predicted(scan, tmp_path / 'mask.nii', *snapshots, '--record', tmp_path / 'record.json')
