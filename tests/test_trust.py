@@ -49,6 +49,8 @@ def row(*values, kind=np.float32):
 class Says:
     """A tester that always predicts this volume, and keeps the masks that it was given."""
 
+    reach = 9  # voxels around a mask: the whole volume
+
     def __init__(self, *values):
         self.volume, self.masks = row(*values), []
 
@@ -90,7 +92,7 @@ def test_the_record_of_the_rounds_and_the_same_rounds():
     fine = [Says(0.9, 0.9, 0.1, 0), Says(0.9, 0.2, 0.1, 0), Says(0.9, 0.9, 0.1, 0)]
     coarse = [row(255, 255, 255, 0, kind=np.uint8)] * 2 + [row(255, 255, 0, 0, kind=np.uint8)]
     watch = Watch(0.5, probes=3)
-    rounds = watch.coarse_to_fine(coarse, fine, None, organ_ID=1)
+    rounds = watch.coarse_to_fine(coarse, fine, row(0, 0, 0, 0), organ_ID=1)
     masks = [mask.ravel().tolist() for mask, _ in (next(rounds), next(rounds), next(rounds))]
     assert masks == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]]
     first, second, third = (record := watch.record())['rounds']
@@ -108,7 +110,8 @@ def test_another_start_is_round_0():
     (mask, score), (after, _) = (
         pair
         for pair, _ in zip(
-            watch.coarse_to_fine([row(0, 0, 0, 0, kind=np.uint8)] * 3, [Says(1, 1, 0, 0)], None, 1, start), 'ab'
+            watch.coarse_to_fine([row(0, 0, 0, 0, kind=np.uint8)] * 3, [Says(1, 1, 0, 0)], row(0, 0, 0, 0), 1, start),
+            'ab',
         )
     )
     assert mask is start[0] and score is start[1] and after.ravel().tolist() == [1, 1, 0, 0]
@@ -381,7 +384,7 @@ def fake_networks(coarse, fine, place=None):
 
 def test_a_scan_in_which_the_coarse_networks_find_nothing_is_tried_again(capsys):
     warnings = []
-    mask, _, found = find(None, fake_networks([0.3, 0, 0], [0.9, 0.9, 0]), 3, 0.99, 0.5, warn=warnings.append)
+    mask, _, found = find(row(0, 0, 0), fake_networks([0.3, 0, 0], [0.9, 0.9, 0]), 3, 0.99, 0.5, warn=warnings.append)
     assert mask.ravel().tolist() == [1, 1, 0] and found['start'] == 'round 0 from the probability 0.25 on'
     assert warnings == ['found only with round 0 from the probability 0.25 on: look at this scan']
     assert 'nothing found; tries again: round 0 from the probability 0.25 on' in capsys.readouterr().out
@@ -391,10 +394,10 @@ def test_a_scan_in_which_the_coarse_networks_find_nothing_is_tried_again(capsys)
 def test_the_last_place_to_look_is_that_of_the_training_cases():
     place, warnings = [0, 1, 0, 1, 0.6, 1], []
     networks = fake_networks([0, 0, 0], [0, 0, 0.9], place)
-    mask, _, found = find(None, networks, 3, 0.99, 0.5, warn=warnings.append)
+    mask, _, found = find(row(0, 0, 0), networks, 3, 0.99, 0.5, warn=warnings.append)
     assert mask.ravel().tolist() == [0, 0, 1] and 'where the training cases have the organ' in warnings[0]
     networks.training.place = None
-    mask, _, found = find(None, networks, 3, 0.99, 0.5, warn=warnings.append)
+    mask, _, found = find(row(0, 0, 0), networks, 3, 0.99, 0.5, warn=warnings.append)
     assert not mask.any() and found['voxels'] == 0
     assert warnings[1] == (
         'the snapshots do not say where the training cases have the organ, so it is not looked for there'
@@ -405,7 +408,7 @@ def test_a_given_start_needs_no_coarse_network_and_is_not_replaced():
     networks = fake_networks([0.9, 0.9, 0.9], [0, 0, 0])
     networks.coarse = None
     start = given(row(1, 0, 0))
-    mask, _, found = find(None, networks, 3, 0.99, 0.5, start, warn=pytest.fail)
+    mask, _, found = find(row(0, 0, 0), networks, 3, 0.99, 0.5, start, warn=pytest.fail)
     assert not mask.any() and found['start'] == 'given' and found['signals']['rounds'][0]['planes'] is None
 
 
