@@ -137,6 +137,7 @@ def training_facts(args, origin, **facts):
     return (
         facts
         | geometry_facts(args.data_path, cases)
+        | place_fact(args, cases)
         | {
             'organ_ID': args.organ_ID,
             'slice_thickness': args.slice_thickness,
@@ -155,6 +156,28 @@ def geometry_facts(data_path, cases):
     spacings = [geometry.spacing for geometry in geometries if known(geometry)]
     facts = {'orientation': codes.most_common(1)[0][0]} if codes else {}
     return facts | ({'spacing': np.median(spacings, axis=0).tolist()} if spacings else {})
+
+
+def place_fact(args, cases):
+    """Return {'place': box (a0, a1, b0, b1, c0, c1) of the organ in these cases}, the median, in shares of the volume.
+
+    It is {} where the list of plane X is missing or no case has the organ.
+    """
+    path, numbers = Path(args.data_path, 'lists', 'training_X.txt'), {case.number: case for case in cases}
+    if not path.exists():
+        return {}
+    boxes = {}
+    for record in read_slices(path):
+        pixels, *ends = record.organs[args.organ_ID - 1]
+        if pixels and record.case in numbers:
+            boxes.setdefault(record.case, []).append((record.index, *ends))
+    shares = []
+    for number, slices in boxes.items():
+        a, b0, b1, c0, c1 = np.transpose(slices)
+        box = [a.min(), a.max() + 1, b0.min(), b1.max() + 1, c0.min(), c1.max() + 1]
+        shape = load_array(Path(args.data_path, numbers[number].image_file)).shape
+        shares.append(np.divide(box, np.repeat(shape, 2)))
+    return {'place': np.median(shares, axis=0).tolist()} if shares else {}
 
 
 def refuse_seen_cases(args, path, origin):

@@ -3,7 +3,8 @@
 Round 0 is the mean of the three coarse volumes; those that coarse_testing.py has not made are added to
 its folders. Every further round crops by the previous mask, weighs by the saliency of the previous
 probability, and averages the three planes. Writes results/coarse2fine_testing_*/*/results.txt and
-volumes/R{round}_{case}.npz; with --probability also P_{case}.npz.
+volumes/R{round}_{case}.npz; with --probability also P_{case}.npz. signals/{case}.json says how far to trust
+the masks (volumes/trust.py).
 """
 
 import time
@@ -21,7 +22,6 @@ from utils import DSC_computation
 from volumes.rounds import (
     AGREEMENTS,
     agreement,
-    coarse_to_fine,
     finished,
     round_file,
     rounds_folder,
@@ -29,6 +29,7 @@ from volumes.rounds import (
     stored_rounds,
 )
 from volumes.testing import first_alone, plane_tester, require_snapshots, run_settings, share_out, stored, to_bytes
+from volumes.trust import PROBES, Watch, reach, record_file, record_of_masks, store_record, stored_record
 
 
 def main():
@@ -64,7 +65,7 @@ def main():
                 results(f'  Testcase {number}:')
                 masks, label = masks_and_label(number, case)
                 export(args, round_file(folder, len(masks) - 1, number), masks[-1], case)
-                cases.append(report_rounds(results, number, case, label, masks))
+                cases.append(report_rounds(results, folder, number, case, label, masks))
             report_averages(results, cases, args.max_rounds)
 
 
@@ -86,6 +87,8 @@ def parse():
                         help='end a case at the first round whose inter-iteration DSC reaches it (default: all rounds)')  # fmt: skip
     parser.add_argument('--probability', action='store_true',
                         help="store the last round's mean probability, too, for merge_organs.py")  # fmt: skip
+    parser.add_argument('--probe', type=arguments.whole(0, len(PROBES)), default=0, metavar='N',
+                        help='also compute round 1 from N other starts, widened or shifted, as a signal (default 0)')  # fmt: skip
     arguments.add_testing(parser)
     return arguments.parse(parser)
 
@@ -95,18 +98,21 @@ def case_rounds(args, folder, case, number, shape, coarse, fine):
 
     coarse: [(result folder, PlaneTester)] of the planes.
     """
-    masks = stored_rounds(folder, number, shape, args)
+    masks, record = stored_rounds(folder, number, shape, args), stored_record(folder, number)
     probability = round_file(folder, 'P', number)
     missing = args.probability and load_volume(probability, shape) is None
+    missing = missing or (args.probe and len((record or {'probes': ()})['probes']) < args.probe)
     if missing or not finished(masks, args):
-        probability.unlink(missing_ok=True)  # it is stored last, so that it always belongs to the rounds beside it
+        for path in (probability, record_file(folder, number)):
+            path.unlink(missing_ok=True)  # they are stored last, so that they always belong to the rounds beside them
         image = case.image(args.data_path)
         volumes = [coarse_volume(args, path, tester, image, number) for path, tester in coarse]
-        masks, score = rounds(args, volumes, fine, image)
+        masks, score, record = rounds(args, volumes, fine, image)
         for r, mask in enumerate(masks):
             save_volume(round_file(folder, r, number), mask)
         if args.probability:
             save_volume(probability, to_bytes(score))
+        store_record(folder, number, record)
     return masks
 
 
@@ -120,21 +126,21 @@ def coarse_volume(args, folder, tester, image, number):
 
 
 def rounds(args, coarse_volumes, fine, image):
-    """Return (masks of rounds 0, 1, ... until they are finished, mean probability of the last computed round).
+    """Return (masks of rounds 0, 1, ... until they are finished, mean probability of the last computed round, record).
 
-    The rounds after an empty mask are empty.
+    The rounds after an empty mask are empty. The record is that of volumes.trust.
     """
-    masks = []
-    for mask, score in coarse_to_fine(coarse_volumes, fine, image, args.fine_threshold, args.organ_ID):
+    masks, watch = [], Watch(args.fine_threshold, args.probe, reach(args.crop_margin))
+    for mask, score in watch.coarse_to_fine(coarse_volumes, fine, image, args.organ_ID):
         masks.append(mask)
         if finished(masks, args):
             break
     while not finished(masks, args):
         masks.append(np.zeros_like(masks[0]))
-    return masks, score
+    return masks, score, watch.record()
 
 
-def report_rounds(results, number, case, label, masks):
+def report_rounds(results, folder, number, case, label, masks):
     """Print a case's rounds; return [(DSC, inter-iteration DSC)], the latter nan in round 0."""
     scores = [DSC_computation(label, mask) for mask in masks]
     inters = [agreement(before, mask) for before, mask in zip(masks, masks[1:])]
@@ -142,7 +148,8 @@ def report_rounds(results, number, case, label, masks):
         results(f'    Round {r}, DSC = {score} .')
         if r > 0:
             results(f'      Inter-iteration DSC = {inters[r - 1]} .')
-    results.add_case(number, case, {f'R{r}': score for r, score in enumerate(scores)}, inters)
+    signals = stored_record(folder, number) or record_of_masks(masks)
+    results.add_case(number, case, {f'R{r}': score for r, score in enumerate(scores)}, inters, signals)
     return list(zip([score.value for score in scores], [np.nan, *(inter.value for inter in inters)]))
 
 

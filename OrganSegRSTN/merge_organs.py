@@ -13,13 +13,12 @@ from pathlib import Path
 from running import arguments, script  # before packages: it names a missing one
 
 # isort: split
-import numpy as np
-
 from running.data_folder import PLANES, read_cases, snapshot_name, training_settings
 from running.files import load_volume
 from running.results import Results, check_cases, lock_folders, prepare_folder, read_settings, start_without_network
 from scans.nifti import write_on_scan
 from utils import DSC_computation
+from volumes.fusion import merge
 from volumes.rounds import finished, folder_name, round_file, rounds_folder, stored_rounds
 
 
@@ -76,15 +75,6 @@ def last_round(tested, number, shape):
             f'{tested.organ_ID} first'
         )
     return masks[-1], probability
-
-
-def merge(found):
-    """Return organ numbers (W, H, L) uint8, 0 where there is none, of {organ: (mask, probability)}, both uint8."""
-    merged, highest = np.zeros((2, *next(iter(found.values()))[0].shape), np.uint8)
-    for organ, (mask, probability) in found.items():
-        taken = (mask != 0) & ((merged == 0) | (probability > highest))
-        merged[taken], highest[taken] = organ, probability[taken]
-    return merged
 
 
 def merged_folder(args):

@@ -1,10 +1,17 @@
 """Predict the mask of a new scan (section 3.3, algorithm 1): coarse on three planes, then fine rounds until two agree.
 
-    python predict.py INPUT OUTPUT.nii.gz SNAPSHOT_X SNAPSHOT_Y SNAPSHOT_Z [options]
+    python predict.py INPUT OUTPUT SNAPSHOT_X SNAPSHOT_Y SNAPSHOT_Z [options]
+    python predict.py INPUT OUTPUT --organs SNAPSHOTS ... [options]
 
-INPUT is a NIfTI file, or a folder with one DICOM series. OUTPUT is a mask on INPUT's own grid (of a
-DICOM series: columns, rows, slices). Several snapshots of a plane, separated by commas, are averaged:
-x/FD0:XJ3_1.pkl,x/FD1:XJ3_1.pkl.
+INPUT is a NIfTI file, or a folder with one DICOM series. OUTPUT, .nii.gz or .nii, is a mask on INPUT's
+own grid (of a DICOM series: columns, rows, slices); .dcm is a DICOM segmentation of the series.
+Several snapshots of a plane, separated by commas, are averaged: x/FD0:XJ3_1.pkl,x/FD1:XJ3_1.pkl.
+
+If OUTPUT is another name, INPUT is a folder of scans: NIfTI files, and DICOM series at or below it.
+The folder OUTPUT then holds NAME.nii.gz and NAME.json of each scan, and scans.csv. A scan that fails
+does not stop the others; a scan that is done is not done again.
+
+--organs finds several organs: the mask holds the number of the organ of the highest probability.
 
 The snapshots hold intensity window, margin and orientation of their training; options that contradict
 them are refused. For published snapshots, which hold nothing, a line says what is assumed.
@@ -15,9 +22,14 @@ conversion would store it.
 """
 
 import argparse
+import contextlib
+import csv
+import functools
+import hashlib
+import io
 import os
 import re
-import time
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -25,45 +37,44 @@ from typing import NamedTuple
 from running import arguments, script  # before packages: it names a missing one
 
 # isort: split
-import nibabel.orientations as axes
+import nibabel as nib
 import numpy as np
+from tqdm import tqdm
 
+from reporting.explaining import write_explanation
 from running.data_folder import PLANES
-from running.results import start
-from running.weights import description, load_weights, warn_of_spacing
+from running.files import LEFTOVERS, atomic_write, locked, read_json, write_json
+from running.results import checksum, start
 from scans.dicom import is_slice, modality, read_series, series_folders
-from scans.geometry import PUBLISHED, axis_codes, known, load_geometry
+from scans.geometry import PUBLISHED, Scan
 from scans.nifti import affine_header, grid_header, is_nifti_name, read_nifti_image, write_nifti
-from scans.voxels import intensity_doubts
-from volumes.rounds import agreement, coarse_to_fine
-from volumes.testing import PlaneSettings, PlaneTester, to_bytes
+from scans.segmentation import UNNAMED, SegmentedSeries, import_highdicom, is_dicom_name, organ_code
+from volumes.fusion import merge
+from volumes.segmenting import NIH, STORED, Networks, is_orientation, organ_snapshots, segment_scan, split_snapshots
+from volumes.starting import read_box, read_start
+from volumes.testing import to_bytes
+from volumes.trust import PROBES
 
-NIH = 'PLI'
-STORED = 'stored'
-SNAPSHOT = re.compile(r'FD\d+.(?P<plane>[XYZ])(?P<mode>[SIJ])[13]_(?P<organ>\d+)(_\d{8}_\d{6})?\.pkl')
+NO_SERIES = 'a DICOM mask refers to a DICOM series, so INPUT must be the folder of one'
 
 
 def main():
     args = parse()
     device, _ = start(args)
     check_outputs(args)
-    snapshots = [split_snapshots(getattr(args, f'SNAPSHOT_{plane}')) for plane in PLANES]
-    training = check_snapshots(snapshots, args.force)
-    settings = plane_settings(args, training, snapshots[0][0], device)
-    codes = training_orientation(args.orientation, training, snapshots[0][0])
-    scan, header = read_input(args.INPUT)
-    for doubt in intensity_doubts(scan.image, *settings.intensity_window):
-        print(f'warning: {doubt}')
-    there, back = turns(scan.geometry, codes)
-    if known(scan.geometry):
-        warn_of_spacing(scan.geometry.spacing[np.argsort(there[:, 0])], training.spacing)
-    image, scan = np.ascontiguousarray(axes.apply_orientation(scan.image, there)), scan._replace(image=None)
-    mask, probability = segment(image, snapshots, settings, args.rounds, args.stop_DSC, args.threshold)
-    print_volume(mask, scan.geometry)
-    for path, volume in ((args.OUTPUT, mask), (args.probability, probability)):
-        if path:
-            write_nifti(path, axes.apply_orientation(volume, back).transpose(PUBLISHED), header)
-            print(f'written: {path}')
+    organs = read_organs(args, device)
+    if names_a_folder(args):
+        return predict_folder(args, organs)
+    scan = read_input(args.INPUT, args.OUTPUT)
+    mask, probability, records = find_organs(scan, organs, args, start=rough_mask(args, scan.scan))
+    write_mask(args.OUTPUT, mask, scan, organs)
+    if args.probability:
+        write_nifti(args.probability, probability.transpose(PUBLISHED), scan.header)
+    if args.record:
+        write_json(args.record, {'organs': records})
+    for path in filter(None, (args.OUTPUT, args.probability, args.record)):
+        print(f'written: {path}')
+    return 0
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
@@ -72,10 +83,13 @@ def main():
 def parse(argv=None):
     """Return the arguments; see the top of this file."""
     parser = arguments.Parser(__doc__)
-    parser.add_argument('INPUT', help='NIfTI file, or folder with one DICOM series')
-    parser.add_argument('OUTPUT', help='mask to write, .nii.gz or .nii')
+    parser.add_argument('INPUT', help='NIfTI file, folder of a DICOM series, or folder of scans')
+    parser.add_argument('OUTPUT', help='mask to write, .nii.gz, .nii or .dcm; a folder for many')
     for plane in PLANES:
-        parser.add_argument(f'SNAPSHOT_{plane}', help=f'snapshot of plane {plane}, or several separated by commas')
+        parser.add_argument(f'SNAPSHOT_{plane}', nargs='?',
+                            help=f'snapshot of plane {plane}, or several separated by commas')  # fmt: skip
+    parser.add_argument('--organs', nargs='+', metavar='SNAPSHOTS',
+                        help='snapshots of several organs, or folders of them, instead of X, Y, Z')  # fmt: skip
     for name, default, kind, text in (
         ('--rounds', 10, arguments.whole(0), 'fine rounds at most'),
         ('--stop_DSC', 0.99, arguments.number(0, 1), 'inter-iteration DSC at which two rounds agree'),
@@ -94,229 +108,314 @@ def parse(argv=None):
                         help="how training arrays lie: axis codes such as PLI, or a training case's geometry/CASE.json; "
                         f'{STORED}: do not turn anything (default: as the snapshots say)')  # fmt: skip
     parser.add_argument('--probability', metavar='FILE', help='write the mean probability, too (float32 .nii.gz)')
+    parser.add_argument('--record', metavar='FILE', help='write the figures, too (.json)')
+    parser.add_argument('--start', metavar='FILE', help='rough mask on the grid of INPUT that is round 0')
+    parser.add_argument('--box', nargs=6, type=arguments.whole(0), metavar=('X0', 'X1', 'Y0', 'Y1', 'Z0', 'Z1'),
+                        help='box that is round 0: first and last voxels of INPUT')  # fmt: skip
+    parser.add_argument('--probe', type=arguments.whole(0, len(PROBES)), default=0, metavar='N',
+                        help='try N other beginnings, as a signal of trust (default 0)')  # fmt: skip
+    parser.add_argument('--explain', metavar='FOLDER', help='draw what saliency and fine network see')
+    parser.add_argument('--code', nargs='+', default=[], metavar='ORGAN',
+                        help='name or code of the organ in a DICOM mask; with --organs: 3=pancreas')  # fmt: skip
+    parser.add_argument('--dicom', action='store_true', help='of a folder: write NAME.dcm')
+    parser.add_argument('--overwrite', action='store_true', help='replace results of other settings')
     arguments.add_precision(parser)
     parser.add_argument('--force', action='store_true', help='take a snapshot although its name is of another plane')
-    return arguments.parse(parser, argv)
+    args = arguments.parse(parser, argv)
+    given = [plane for plane in PLANES if getattr(args, f'SNAPSHOT_{plane}')]
+    if args.organs and given or not args.organs and len(given) < len(PLANES):
+        parser.error('SNAPSHOT_X, SNAPSHOT_Y and SNAPSHOT_Z are required, or --organs instead')
+    if (args.start or args.box or args.explain) and (args.organs or names_a_folder(args)) or args.start and args.box:
+        parser.error('--start, --box (one of them) and --explain are for one scan and one organ')
+    return args
 
 
 def orientation(text):
     """Type of --orientation: axis codes, a geometry file, or 'stored'."""
-    if text == STORED or text.endswith('.json'):
-        return text
-    if len(text) != 3 or any(sum(code in pair for code in text.upper()) != 1 for pair in ('LR', 'AP', 'SI')):
+    text = text if text == STORED or text.endswith('.json') else text.upper()
+    if not is_orientation(text):
         raise argparse.ArgumentTypeError(f'{text!r} is neither axis codes such as {NIH} nor a .json file')
-    return text.upper()
+    return text
+
+
+def names_a_folder(args):
+    """Return whether OUTPUT is the folder of the masks of INPUT's scans."""
+    named = is_nifti_name(args.OUTPUT) or is_dicom_name(args.OUTPUT)
+    return os.path.isdir(args.INPUT) and not named and (os.path.isdir(args.OUTPUT) or not Path(args.OUTPUT).suffix)
 
 
 def check_outputs(args):
-    """Refuse outputs that are not NIfTI names, cannot be written, or are INPUT itself, before any work is done."""
-    outputs = [Path(path) for path in (args.OUTPUT, args.probability) if path]
-    for path in outputs:
-        if not is_nifti_name(path):
-            raise ValueError(f'{path}: a mask is written as .nii.gz or .nii; name it so')
+    """Refuse, before any work, outputs that are no masks by name, cannot be written, or are INPUT itself."""
+    files = [Path(path) for path in (args.OUTPUT, args.probability, args.record) if path]
+    if names_a_folder(args):
+        if args.probability or args.record:
+            raise ValueError(f'{args.OUTPUT}: of a folder of scans no --probability or --record can be written')
+        files = [Path(args.OUTPUT, 'scans.csv')]
+    elif not (is_nifti_name(args.OUTPUT) or is_dicom_name(args.OUTPUT)):
+        raise ValueError(
+            f'{args.OUTPUT}: a mask is written as .dcm, .nii.gz or .nii, those of a folder to a folder; name it so'
+        )
+    if args.probability and (args.organs or not is_nifti_name(args.probability)):
+        raise ValueError(f'{args.probability}: the probability of one organ is written, as .nii.gz or .nii; name it so')
+    if args.dicom and not names_a_folder(args):
+        raise ValueError(f'{args.OUTPUT}: --dicom goes with a folder of scans; name a DICOM mask .dcm')
+    if is_dicom_name(args.OUTPUT) or args.dicom:
+        import_highdicom()
+        if not os.path.isdir(args.INPUT):
+            raise ValueError(f'{args.OUTPUT}: {NO_SERIES}')
+    elif args.code:
+        raise ValueError(f'{args.OUTPUT}: --code goes with a DICOM mask')
+    for path in files:
         folder = next(folder for folder in path.absolute().parents if folder.exists())
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ValueError(f'{path}: cannot be written; name a file in a folder that you can write to')
-    files = [os.path.realpath(path) for path in [args.INPUT, *outputs]]
-    same = any(path.exists() and os.path.samefile(path, args.INPUT) for path in outputs if os.path.exists(args.INPUT))
-    if same or len(set(files)) < len(files):
-        raise ValueError(f'{args.OUTPUT}: INPUT, OUTPUT and --probability must be different files')
+    inputs = [args.INPUT, *(files if not names_a_folder(args) else [args.OUTPUT])]
+    paths = [os.path.realpath(path) for path in inputs]
+    same = any(os.path.exists(path) and os.path.samefile(path, args.INPUT) for path in inputs[1:]
+               if os.path.exists(args.INPUT))  # fmt: skip
+    if same or len(set(paths)) < len(paths):
+        raise ValueError(f'{args.OUTPUT}: INPUT, OUTPUT, --probability and --record must be different files')
 
 
-# --- snapshots -----------------------------------------------------------------------------------------------------
+class Organ(NamedTuple):
+    """An organ to find: its networks, and its name, Code and side (or None) in a DICOM mask."""
+
+    networks: Networks
+    code: tuple
 
 
-def split_snapshots(text):
-    """Return the paths in a list separated by commas; the name of a snapshot's folder holds a comma, too."""
-    return [Path(path.strip()) for path in re.split(r'(?<=\.pkl),|(?<=\.pth),', text)]
+def read_organs(args, device):
+    """Return {number in the mask: Organ} of the snapshots, and of --code."""
+    options = {name: getattr(args, name) for name in ('low_range', 'high_range', 'margin', 'orientation', 'precision')}
+    options |= {'force': args.force, 'keep': names_a_folder(args)}
+    if args.organs:
+        snapshots = organ_snapshots(args.organs)
+    else:
+        snapshots = {1: [split_snapshots(getattr(args, f'SNAPSHOT_{plane}')) for plane in PLANES]}
+    codes, organs = read_codes(args, snapshots), {}
+    for number, paths in snapshots.items():
+        networks = Networks(paths, device, **options)
+        unnamed = f'organ {networks.training.organ_ID or number}', UNNAMED, None
+        organs[number] = Organ(networks, codes.get(number, unnamed))
+    return organs
 
 
-class Training(NamedTuple):
-    """What all snapshots of a prediction must share; None where a snapshot does not say it."""
-
-    width: int
-    slice_thickness: int
-    organ_ID: int | None = None
-    crop_margin: int | None = None
-    intensity_window: list | None = None  # HU
-    orientation: str | None = None  # axis codes of the training arrays; '' where they had no position
-    spacing: list | None = None  # mm
-
-
-def check_snapshots(snapshots, force):
-    """Return the Training of `snapshots` (a list of paths a plane); raise ValueError where they do not belong together."""
-    paths = [path for paths in snapshots for path in paths]
-    found = [read_training(path, plane, force) for plane, paths in zip(PLANES, snapshots) for path in paths]
-    shared = {}
-    for what, values in zip(Training._fields, zip(*found)):
-        known_values = [(path, value) for path, value in zip(paths, values) if value is not None]
-        for path, value in known_values:
-            first, usual = known_values[0]
-            if value != usual and what != 'spacing':
-                raise ValueError(f'{path}: has {what} {value}, but {first} has {what} {usual}')
-        shared[what] = known_values[0][1] if known_values else None
-    return Training(**shared)
+def read_codes(args, numbers):
+    """Return {number in the mask: (name, Code, side)} of --code."""
+    found = {}
+    for text in args.code:
+        number, _, name = text.rpartition('=') if args.organs else ('1', '', text)
+        if not number.isdigit() or int(number) not in numbers:
+            raise ValueError(f'--code {text}: give the number of an organ and its name: {min(numbers)}=pancreas')
+        found[int(number)] = (name.rpartition(':')[2], *organ_code(name))
+    return found
 
 
-def read_training(path, plane, force):
-    """Return the Training of a snapshot for a plane, from what it holds and from its name."""
-    weights = load_weights(path)
-    facts, name = description(weights), SNAPSHOT.fullmatch(path.name)
-    own_plane = facts.get('plane') or (name and name['plane'])
-    if own_plane not in (None, plane) and not force:
-        raise ValueError(f'{path}: a snapshot of plane {own_plane} given for plane {plane} (or give --force)')
-    if name and name['mode'] != 'J':
-        print(f'warning: {path.name} is of mode {name["mode"]}; the training ends with mode J')
-    try:
-        sizes = len(weights['coarse_model.conv1_1.weight']), len(weights['saliency1.weight'])
-    except KeyError as error:
-        raise ValueError(f'{path}: not an RSTN snapshot, {error} is missing') from None
-    organ_ID = facts.get('organ_ID', int(name['organ']) if name else None)
-    orientation = facts.get('orientation', '') if facts else None
-    return Training(*sizes, organ_ID, facts.get('crop_margin'), facts.get('intensity_window'), orientation,
-                    facts.get('spacing'))  # fmt: skip
+# --- one scan ------------------------------------------------------------------------------------------------------
 
 
-def plane_settings(args, training, snapshot, device):
-    """Return the PlaneSettings: what the snapshots say; else what is asked; else what is assumed."""
-    low, high = training.intensity_window or (None, None)
-    window = (
-        settle('--low_range', args.low_range, low, -100),
-        settle('--high_range', args.high_range, high, 240),
-    )
-    if window[0] >= window[1]:
-        raise ValueError(f'--high_range {window[1]:g} is not above --low_range {window[0]:g}')
-    margin = settle('--margin', args.margin, training.crop_margin, named_margin(snapshot))
-    return PlaneSettings(window, training.slice_thickness, margin, device, args.precision)
+class Input(NamedTuple):
+    """A Scan as conversion stores it, the header of a NIfTI file on its grid, what reading it noted.
+
+    series: what a DICOM mask refers to, or None.
+    """
+
+    scan: Scan
+    header: nib.Nifti1Header
+    notes: list
+    series: SegmentedSeries | None
 
 
-def settle(option, asked, trained, assumed):
-    """Return the value of an option: the training's, else the asked one, else the assumed one; print where it is from."""
-    if trained is None:
-        if asked is None:
-            print(f'{option}: the snapshots do not say; assumes {assumed:g}')
-        return assumed if asked is None else asked
-    if asked not in (None, trained):
-        raise ValueError(f'{option} {asked:g}: the snapshots were trained with {trained:g}; leave the option out')
-    print(f'{option}: {trained:g}, as the snapshots say')
-    return trained
+def read_input(path, output=''):
+    """Return the Input at a path; `output`: the mask that is asked for."""
+    notes = []
 
+    def say(note):
+        print(note, flush=True)
+        notes.append(note)
 
-def named_margin(snapshot):
-    """Return the margin of the training by the name of the snapshot's folder, SIJ_training_1e-5x10,20; else 20."""
-    found = re.fullmatch(r'SIJ_training_.*,(\d+)', snapshot.absolute().parent.name)
-    return int(found[1]) if found else 20
-
-
-# --- the scan and its axes -----------------------------------------------------------------------------------------
-
-
-def read_input(path):
-    """Return (Scan as conversion stores it, header of a NIfTI file on the input's grid)."""
     if os.path.isdir(path):
-        folder = series_folder(path)
-        scan = read_series(folder, say=print)
-        return scan, affine_header(scan.geometry and scan.geometry.transposed())
+        folder = series_folder(path, say)
+        series = SegmentedSeries(folder) if is_dicom_name(output) else None
+        scan = read_series(folder, say)
+        return Input(scan, affine_header(scan.geometry and scan.geometry.transposed()), notes, series)
     if not is_nifti_name(path):
         raise ValueError(f'{path}: neither a NIfTI file (.nii, .nii.gz) nor a folder with a DICOM series')
-    return read_nifti_image(path), grid_header(path)
+    if is_dicom_name(output):
+        raise ValueError(f'{path}: {NO_SERIES}')
+    return Input(read_nifti_image(path, say), grid_header(path), notes, None)
 
 
-def series_folder(path):
+def series_folder(path, say=print):
     """Return the one folder at or below `path` that holds a DICOM series; print a warning where it is not CT."""
     folders = [folder for folder, holds_slices in series_folders(path) if holds_slices]
     if len(folders) != 1:
         raise ValueError(f'{path}: {len(folders) or "no"} folders with DICOM slices in it; name the one of the series')
     first = next(file for file in sorted(folders[0].iterdir()) if is_slice(file))
     if (kind := modality(first)) not in ('', 'CT'):
-        print(f'warning: {folders[0]}: its modality is {kind}, not CT')
+        say(f'warning: {folders[0]}: its modality is {kind}, not CT')
     return folders[0]
 
 
-def training_orientation(asked, training, snapshot):
-    """Return the axis codes of the arrays that a snapshot was trained on, or 'stored'; print how they are known."""
-    codes, why = asked, 'as asked'
-    if asked and asked.endswith('.json'):
-        geometry = load_geometry(asked)
-        if geometry is None:
-            raise FileNotFoundError(f'{asked}: no such geometry')
-        codes, why = axis_codes(geometry) or STORED, f'by {asked}'
-    if training.orientation is not None:
-        trained = training.orientation or STORED
-        if codes not in (None, STORED, trained):
-            raise ValueError(f'--orientation {asked}: the snapshots were trained on arrays that lie {trained}')
-        codes, why = (codes, why) if codes else (trained, 'as the snapshots say')
-    elif not asked:
-        codes, why = folder_orientation(snapshot)
-    print(f'training arrays: {codes} ({why})')
-    return codes
+def rough_mask(args, scan):
+    """Return the mask of --start or --box as the scan is stored, or None."""
+    if args.start or args.box:
+        return read_start(args.start, scan) if args.start else read_box(args.box, scan)
+    return None
 
 
-def folder_orientation(snapshot):
-    """Return (axis codes, how they are known) by geometry/ of the data folder of a snapshot; else NIH's."""
-    *data, models, snapshots, _, _ = ['', '', *snapshot.absolute().parts]
-    folder = Path(*data, 'geometry')
-    files = sorted(folder.glob('*.json')) if (models, snapshots) == ('models', 'snapshots') else []
-    if not files:
-        return NIH, "assumed to be NIH's, see --orientation"
-    found = Counter(axis_codes(load_geometry(file)) or STORED for file in files)
-    codes, count = found.most_common(1)[0]
-    return codes, f'as {count} of {len(files)} cases in {folder}'
+def find_organs(scan, organs, args, start=None):
+    """Return (mask, probability, {organ: record}) of an Input; of one organ the mask holds 1, of several their numbers.
 
-
-def turns(geometry, codes):
-    """Return the nibabel orientations that turn an array of this Geometry to lie as `codes`, and back."""
-    ours = axis_codes(geometry)
-    if codes == STORED:
-        print('input: its axes are taken as conversion stores them')
-    elif not ours:
-        print('input: has no position: its axes are taken as conversion stores them, transpose(1, 0, 2)')
-    else:
-        print(f'input: lies {ours} as stored, {"turned" if ours != codes else "not turned"}')
-    if codes == STORED or not ours:
-        ours = codes = NIH
-    ours, theirs = (axes.axcodes2ornt(one) for one in (ours, codes))
-    return axes.ornt_transform(ours, theirs), axes.ornt_transform(theirs, ours)
-
-
-# --- the prediction ------------------------------------------------------------------------------------------------
-
-
-def segment(image, snapshots, settings, rounds, stop_DSC, threshold):
-    """Return (mask uint8, probability float32) of `image` (W, H, L) HU after the last round that was needed.
-
-    snapshots: a list of paths for each plane; settings: PlaneSettings.
+    The probability is that of the last organ. start: mask of round 0, as the scan is stored.
     """
-    begin = time.time()
-    coarse, fine = (
-        [PlaneTester(plane, paths, TEST, settings) for plane, paths in zip(PLANES, snapshots)] for TEST in 'CF'
-    )
-    volumes = []
-    for tester in coarse:
-        volumes.append(to_bytes(tester.predict(image)))
-        tester.release()
-    before = None
-    for done, (mask, probability) in enumerate(coarse_to_fine(volumes, fine, image, threshold, organ_ID=1)):
-        voxels, seconds = np.count_nonzero(mask), time.time() - begin
-        if before is None:
-            print(f'coarse: {voxels} voxels, {seconds:.1f} s', flush=True)
-        else:
-            inter = agreement(before, mask).value
-            print(f'round {done}: {voxels} voxels, inter-iteration DSC = {inter:.4f}, {seconds:.1f} s', flush=True)
-        if done == rounds or (before is not None and inter >= stop_DSC):
-            break
-        before, begin = mask, time.time()
-    print(f'rounds used: {done}')
-    return mask, probability
+    found, records = {}, {}
+    explain = args.explain and functools.partial(write_explanation, args.explain)
+    for number, organ in organs.items():
+        mask, probability, record = segment_scan(
+            scan.scan, organ.networks, args.rounds, args.stop_DSC, args.threshold, start, args.probe, explain
+        )
+        records[number] = record | {'notes': scan.notes}
+        found[number] = mask, to_bytes(probability) if args.organs else None
+    if args.organs:
+        mask = merge(found)
+        for number, record in records.items():
+            before, record['voxels'] = record['voxels'], int(np.count_nonzero(mask == number))
+            record['ml'] = record['ml'] and record['ml'] * record['voxels'] / before
+            print(f'organ {number}: {record["voxels"]} of {before} voxels')
+    return mask, probability, records
 
 
-def print_volume(mask, geometry):
-    """Print the size of the organ, and a warning where there is none."""
-    voxels = np.count_nonzero(mask)
-    if not voxels:
-        print('warning: nothing found, the mask is empty; does the scan look, and lie, like those of the training?')
-    ml = abs(np.linalg.det(geometry.affine[:3, :3])) / 1000 * voxels if known(geometry) else None
-    print(f'volume: {voxels} voxels, ' + ('of unknown size' if ml is None else f'{ml:.1f} ml'))
+def write_mask(path, mask, scan, organs):
+    """Write a mask, which lies as the Input is stored, as NIfTI or as DICOM."""
+    if is_dicom_name(path):
+        scan.series.write(path, mask, {number: organ.code for number, organ in organs.items()})
+    else:
+        write_nifti(path, mask.transpose(PUBLISHED), scan.header)
+
+
+# --- a folder of scans ---------------------------------------------------------------------------------------------
+
+
+def predict_folder(args, organs):
+    """Find the organs in all scans of a folder; return the exit code: 1 where one failed."""
+    scans, output = find_scans(Path(args.INPUT)), Path(args.OUTPUT)
+    how = made_with(args, organs)
+    rows, failed = [], []
+    with locked(output / '.lock', LEFTOVERS):
+        for name, path in tqdm(scans.items(), desc='scans', disable=None):
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):  # the record holds what is printed of a scan
+                    records, done = predict_one(args, organs, path, output / name, how)
+                text = '; '.join(summary(number, record) for number, record in records.items())
+                text = f'{name}: {text}{" (done before)" if done else ""}'
+            except Exception as error:
+                if not script.foreseeable(error):
+                    raise
+                text = ' '.join(f'{name}: error: {str(error) or type(error).__name__}'.split())
+                failed.append(text)
+                records = {'': {'error': text.partition(': error: ')[2]}}
+            tqdm.write(text)
+            sys.stdout.flush()
+            rows += [{'scan': name, 'label': number} | record for number, record in records.items()]
+        write_table(output / 'scans.csv', rows)
+    print(f'written: {output / "scans.csv"}', flush=True)
+    if failed:
+        print(f'{len(failed)} of {len(scans)} scans failed:', *failed, sep='\n', file=sys.stderr)
+    return 1 if failed else 0
+
+
+def find_scans(folder):
+    """Return {name: path} of the NIfTI files in a folder, and of the series at or below it."""
+    found = [(re.sub(r'\.nii(\.gz)?$', '', path.name), path) for path in sorted(folder.iterdir())
+             if is_nifti_name(path) and path.is_file() and not path.name.startswith('.')]  # fmt: skip
+    series = [path for path, holds_slices in series_folders(folder) if holds_slices]
+    firsts = Counter(path.relative_to(folder).parts[:1] for path in series)
+    for path in series:
+        below = path.relative_to(folder).parts
+        short = firsts[below[:1]] == 1
+        found.append((below[0] if below and short else '_'.join(below) or folder.resolve().name, path))
+    scans = dict(found)
+    if not scans:
+        raise FileNotFoundError(f'{folder}: no NIfTI files (.nii, .nii.gz) and no DICOM series in it')
+    if len(scans) < len(found):
+        name = Counter(name for name, _ in found).most_common(1)[0][0]
+        paths = ', '.join(str(path) for one, path in found if one == name)
+        raise ValueError(f'{folder}: the masks of {paths} would have one name; rename a scan')
+    return scans
+
+
+def made_with(args, organs):
+    """Return what a mask depends on beside its scan."""
+    settings = {'rounds': args.rounds, 'stop_DSC': args.stop_DSC, 'threshold': args.threshold}
+    for number, organ in organs.items():
+        settings[f'organ {number}'] = organ.networks.record()['settings']
+        settings[f'snapshots {number}'] = [checksum(path) for paths in organ.networks.paths for path in paths]
+        if args.dicom:
+            settings[f'code {number}'] = [organ.code[0], organ.code[1].value, organ.code[2] and organ.code[2].value]
+    return settings
+
+
+def predict_one(args, organs, path, stem, how):
+    """Find the organs in a scan; return ({organ: record}, whether that was done before).
+
+    Write STEM.json, then STEM.nii.gz or STEM.dcm. ValueError: there is one that was made otherwise.
+    """
+    file, mask_file = Path(f'{stem}.json'), Path(f'{stem}{".dcm" if args.dicom else ".nii.gz"}')
+    how = how | {'scan': scan_checksum(path)}
+    former = read_record(file)
+    if mask_file.exists() or file.exists():
+        before = former.get('made_with', {})
+        if differing := [name for name in how if before.get(name) != how[name]]:
+            if not args.overwrite:
+                raise ValueError(f'{mask_file}: is there, made otherwise ({", ".join(differing)}); give --overwrite to '
+                                 'replace it, or another OUTPUT')  # fmt: skip
+        elif mask_file.exists():
+            return {int(number): record for number, record in former['organs'].items()}, True
+    scan = read_input(path, mask_file)
+    mask, _, records = find_organs(scan, organs, args)
+    mask_file.unlink(missing_ok=True)  # a mask without its record, or with one of another, is never there
+    write_json(file, {'made_with': how, 'organs': records})
+    write_mask(mask_file, mask, scan, organs)
+    return records, False
+
+
+def read_record(file):
+    """Return the record of a scan; {} where there is none, or it is none of ours."""
+    try:
+        found = read_json(file)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found.get('made_with'), dict) and isinstance(found.get('organs'), dict) else {}
+
+
+def scan_checksum(path):
+    """Return the SHA-256 of a scan's file, or of those of its files, by name."""
+    if path.is_file():
+        return checksum(path)
+    lines = [f'{file.name} {checksum(file)}' for file in sorted(path.iterdir()) if file.is_file()]
+    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+
+
+def summary(number, record):
+    """Return a record as a line."""
+    size = f'{record["voxels"]} voxels' if record['ml'] is None else f'{record["ml"]:.1f} ml'
+    predicted = record.get('trust', {}).get('predicted_DSC')
+    trust = '' if predicted is None else f', predicted DSC {predicted:.2f}'
+    warnings = ''.join(f', warning: {text}' for text in record['warnings'])
+    return f'label {number}: {size}, {record["rounds"]} rounds{trust}{warnings}'
+
+
+def write_table(path, rows):
+    """Write the figures of the scans' records, and of their `trust`, as CSV: a line for each scan and organ."""
+    rows = [row | row.get('trust', {}) for row in rows]
+    columns = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list | dict))
+    columns.pop('error', None)
+    with atomic_write(path, 'w') as file:
+        table = csv.DictWriter(file, [*columns, 'warnings', 'error'], extrasaction='ignore')
+        table.writeheader()
+        for row in rows:
+            table.writerow(row | {'warnings': '; '.join(row.get('warnings', []) + row.get('notes', []))})
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ is missing or broken becomes a line of the report. The page opens from disk, wit
 compared with the published figures in logs/published.json.
 
 Beside the page: summary.json with all figures; the table of results as results.csv and results.tex.
+Beside the snapshots: trust_J3_1.json, from which predict.py predicts the DSC of a new mask.
 """
 
 import contextlib
@@ -22,6 +23,8 @@ from running import arguments, script  # before packages: it names a missing one
 # isort: split
 import jinja2
 
+from reporting.comparing import LEAST as LEAST_COMPARED
+from reporting.comparing import compare_runs
 from reporting.data import Source, read_logs
 from reporting.measures import RESAMPLES, TOLERANCE
 from reporting.pictures import COLOURS, COLUMNS, draw_losses, write_chart
@@ -31,6 +34,7 @@ from reporting.scores import AGREEMENTS, read_results
 from reporting.tables import write_csv, write_latex
 from running.files import errors_naming, locked, write_json
 from running.results import code
+from volumes.calibration import LEAST, SIGNALS, calibration_file
 
 
 def main():
@@ -52,15 +56,18 @@ def main():
             (folder / part).mkdir()
         reports = [RunReport(source, args, folder, i, *run).content() for i, run in enumerate(runs.items())]
         charts = [loss_chart(source, folder, i, log) for i, log in enumerate(logs)]
+        comparisons = compare_with(args.compare, source, runs, folder) if args.compare else []
         for line in filter(None, (reference.unused(reports) for reference in references)):
             source.notice(line)
         published = [] if references or not reports else published_references(source)
-        content = {'name': data.resolve().name, 'runs': reports, 'notices': source.notices}
+        content = {'name': data.resolve().name, 'runs': reports, 'comparisons': comparisons, 'notices': source.notices}
         write_json(folder / 'summary.json', summary(**content), nulls=True)
         write_csv(folder / 'results.csv', reports)
         write_latex(folder / 'results.tex', reports)
         page = render(**content, logs=charts, references=references or published, published=bool(published))
         (folder / 'index.html').write_text(page, encoding='utf-8')
+    for run in reports:
+        save_calibration(data, run)
     size = sum(file.stat().st_size for file in (data / 'report').rglob('*') if file.is_file())
     print(f'written: {data / "report" / "index.html"} ({size / 1e6:.1f} MB with its pictures)')
 
@@ -69,6 +76,10 @@ def read_arguments():
     parser = arguments.Parser(__doc__)
     parser.add_argument('data_path', help='the data folder, $DATA_PATH in run.sh')
     parser.add_argument('--reference', metavar='FILE', help='JSON of figures to compare with, or a former summary.json')
+    parser.add_argument('--compare', metavar='OTHER_DATA_PATH',
+                        help='compare case by case with its results; DATA_PATH itself: its settings')  # fmt: skip
+    parser.add_argument('--explain', type=arguments.whole(0), default=1, metavar='N',
+                        help='draw what the networks see in the N worst cases (default 1)')  # fmt: skip
     for end, default in (('low', -100), ('high', 240)):
         parser.add_argument(f'--{end}_range', type=arguments.number(), default=default,
                             help=f'window (HU) of pictures of tests without run.json (default {default})')  # fmt: skip
@@ -92,6 +103,27 @@ def fresh_folder(path):
             shutil.rmtree(part, ignore_errors=True)
 
 
+def compare_with(path, source, runs, folder):
+    """The comparisons with the results of another data folder; see compare_runs."""
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f'{path}: no such folder')
+    other = Source(path)
+    return compare_runs(source, runs, other, read_results(other), folder)
+
+
+def save_calibration(data, run):
+    """Write a run's calibration beside its snapshots; print a line where there is one."""
+    snapshots = data / 'models' / 'snapshots' / f'SIJ_training_{run["settings"]}'
+    if not (run['trust'] and run['trust']['calibration'] and snapshots.is_dir()):
+        return
+    path = calibration_file(snapshots, run['thickness'], run['organ'])
+    try:
+        write_json(path, run['trust']['calibration'])
+        print(f'written: {path}')
+    except OSError as error:
+        print(f'note: predict.py will not predict the DSC: {error}')
+
+
 def loss_chart(source, folder, index, log):
     """{file, title, text} of a training log's chart."""
     file = f'charts/log{index}.svg'
@@ -103,7 +135,7 @@ def loss_chart(source, folder, index, log):
     return {'file': file, 'title': title.strip(), 'text': text or 'no epoch finished'}
 
 
-def summary(name, runs, notices):
+def summary(name, runs, comparisons, notices):
     """The content of summary.json: DSC and NSD from 0 to 1; null for what is not finite."""
     kept = []
     for run in runs:
@@ -117,11 +149,17 @@ def summary(name, runs, notices):
         }
         in_mm = next((part for part in run['distances'] if part['unit'] == 'mm' and part['cases']), None)
         results |= {key: {'all': spread._asdict()} for key, spread in in_mm['measures'].items()} if in_mm else {}
-        cases = [{k: v for k, v in case.items() if k not in ('planes', 'id')} for case in run['cases']]
+        cases = [{k: v for k, v in case.items() if k not in ('planes', 'id', 'seen')} for case in run['cases']]
         settings = {key: run[key] for key in ('organ', 'organ_name', 'settings', 'thickness', 'epoch', 'folds')}
         stops = [stop | {key: stop[key]._asdict() for key in ('rounds', 'DSC')} for stop in run['stops']]
-        kept.append(settings | {'results': results, 'stops': stops, 'cases': cases})
-    return code() | {'name': name, 'NSD_tolerance': TOLERANCE, 'runs': kept, 'notices': notices}
+        kept.append(settings | {'results': results, 'stops': stops, 'cases': cases, 'trust': run['trust']})
+    return code() | {
+        'name': name,
+        'NSD_tolerance': TOLERANCE,
+        'runs': kept,
+        'comparisons': comparisons,
+        'notices': notices,
+    }
 
 
 # --- the page ------------------------------------------------------------------------------------------------------
@@ -160,7 +198,15 @@ def render(**content):
     )
     environment.filters |= {'percent': percent, 'number': number, 'volume': volume, 'coverage': coverage}
     return environment.get_template('page.html').render(
-        content, colours=COLOURS, columns=COLUMNS, tolerance=TOLERANCE, resamples=RESAMPLES, agreement=AGREEMENTS[-1]
+        content,
+        colours=COLOURS,
+        columns=COLUMNS,
+        tolerance=TOLERANCE,
+        resamples=RESAMPLES,
+        agreement=AGREEMENTS[-1],
+        least=LEAST,
+        signals=SIGNALS,
+        least_compared=LEAST_COMPARED,
     )
 
 

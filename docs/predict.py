@@ -29,7 +29,7 @@ def main():
     parser.add_argument('INPUT')
     parser.add_argument('MASK')
     args = parser.parse_args()
-    scan, _ = read_input(args.INPUT)
+    scan = read_input(args.INPUT).scan
     mask = np.asarray(nib.load(args.MASK).dataobj).transpose(1, 0, 2) > 0  # as the scan is stored
     draw(scan.image, mask, scan.geometry)
 

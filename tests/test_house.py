@@ -16,7 +16,7 @@ LAYERS = [
 ]
 STAGES = {
     'init', 'pretrain', 'training', 'training_parallel', 'coarse_testing', 'coarse_fusion', 'oracle_testing',
-    'oracle_fusion', 'coarse2fine_testing', 'predict', 'report', 'check_data', 'merge_organs',
+    'oracle_fusion', 'coarse2fine_testing', 'predict', 'report', 'check_data', 'merge_organs', '__init__',
 }  # fmt: skip
 LAYER = {package: layer for layer, packages in enumerate(LAYERS) for package in packages} | dict.fromkeys(
     STAGES, len(LAYERS)
@@ -56,6 +56,8 @@ def test_a_module_imports_from_its_own_package_and_the_layers_below(path):
     assert imported(path) <= allowed
 
 
-def test_only_the_entry_points_of_DATA2NPY_edit_the_search_path():
-    edited = {path.name for path in MODULES if 'sys.path' in path.read_text()}
-    assert edited == {'dicom2npy.py', 'nii2npy.py', 'make_phantom.py'}
+def test_only_the_entry_points_of_DATA2NPY_and_of_the_package_edit_the_search_path():
+    edited = {str(path.relative_to(CODE.parent)) for path in MODULES if 'sys.path' in path.read_text()}
+    assert edited == {f'DATA2NPY/{name}.py' for name in ('dicom2npy', 'nii2npy', 'make_phantom')} | {
+        'OrganSegRSTN/__init__.py'
+    }

@@ -5,19 +5,24 @@ import itertools
 import json
 import os
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from conftest import coarse2fine_args, run_script, tiny_weights
+from PIL import Image
 from raw_scans import make_slices, write_slices
 
 import predict
+import volumes.segmenting
 import volumes.testing
 from model import RSTN
-from running.files import load_volume
+from reporting.trust import calibrate
+from running.files import load_volume, write_json
 from running.weights import describe
+from volumes.calibration import calibration_file
 from volumes.rounds import coarse_probability
 
 PLI = np.array(
@@ -168,7 +173,7 @@ def write_geometry(path, affine, holds='position'):
 
 
 def orientation_of(told, snapshot, capsys):
-    codes = predict.training_orientation(told, predict.Training(4, 3), snapshot)
+    codes = volumes.segmenting.training_orientation(told, volumes.segmenting.Training(4, 3), snapshot)
     return codes, capsys.readouterr().out
 
 
@@ -187,7 +192,9 @@ def test_training_arrays_are_taken_to_lie_as_NIHs_unless_something_tells(tmp_pat
     assert orientation_of(None, tmp_path / 'other/place/SIJ_training_1e-5x10,20/FD0:XJ3_1.pkl', capsys)[0] == 'PLI'
     assert orientation_of(None, predict.Path('/x.pkl'), capsys)[0] == 'PLI'
     with pytest.raises(FileNotFoundError, match='no such geometry'):
-        predict.training_orientation(str(tmp_path / 'none.json'), predict.Training(4, 3), snapshot)
+        volumes.segmenting.training_orientation(
+            str(tmp_path / 'none.json'), volumes.segmenting.Training(4, 3), snapshot
+        )
 
 
 def test_networks_of_another_orientation_see_the_scan_their_way(canonical, snapshots, tmp_path):
@@ -415,7 +422,7 @@ def test_options_are_checked_before_any_work(scan, snapshots, tmp_path, call):
 
 
 def test_a_comma_separates_snapshots_but_also_stands_in_folder_names():
-    assert predict.split_snapshots('a,20/FD0:XJ3_1.pkl,a,20/FD1:XJ3_1.pkl,x.pth') == [
+    assert volumes.segmenting.split_snapshots('a,20/FD0:XJ3_1.pkl,a,20/FD1:XJ3_1.pkl,x.pth') == [
         predict.Path('a,20/FD0:XJ3_1.pkl'),
         predict.Path('a,20/FD1:XJ3_1.pkl'),
         predict.Path('x.pth'),
@@ -423,8 +430,8 @@ def test_a_comma_separates_snapshots_but_also_stands_in_folder_names():
 
 
 def test_the_margin_is_the_one_in_the_folders_name():
-    assert predict.named_margin(predict.Path('models/snapshots/SIJ_training_1e-4x10,10/FD0:XJ3_1.pkl')) == 10
-    assert predict.named_margin(predict.Path('elsewhere/FD0:XJ3_1.pkl')) == 20
+    assert volumes.segmenting.named_margin(predict.Path('models/snapshots/SIJ_training_1e-4x10,10/FD0:XJ3_1.pkl')) == 10
+    assert volumes.segmenting.named_margin(predict.Path('elsewhere/FD0:XJ3_1.pkl')) == 20
 
 
 # --- what snapshots say of their training --------------------------------------------------------------------------
@@ -507,7 +514,7 @@ def test_a_window_that_is_none_is_refused(scan, snapshots, tmp_path, call):
 
 
 def test_blanks_after_the_commas_of_a_list_are_allowed():
-    assert predict.split_snapshots('a.pkl, b.pkl') == [predict.Path('a.pkl'), predict.Path('b.pkl')]
+    assert volumes.segmenting.split_snapshots('a.pkl, b.pkl') == [predict.Path('a.pkl'), predict.Path('b.pkl')]
 
 
 def test_weights_of_the_fine_network_that_are_not_finite_are_found_before_the_coarse_step(
@@ -519,3 +526,74 @@ def test_weights_of_the_fine_network_that_are_not_finite_are_found_before_the_co
     done = call('predict.py', scan, tmp_path / 'm.nii', tmp_path / 'FD0:XJ3_1.pkl', *snapshots[1:])
     refused(done, 'FD0:XJ3_1.pkl: fine_model.fc7.bias is not finite')
     assert 'coarse:' not in done.out
+
+
+# --- a rough mask, the trust in a mask, and what the networks see ---------------------------------------------------
+
+
+def test_a_rough_mask_is_round_0_wherever_it_comes_from(canonical, scan, snapshots, tmp_path, capsys):
+    """As NIfTI on the scan's grid, turned or not, and as a box: the same round 1."""
+    _, organ = make_scan()
+    axes, flips = (2, 0, 1), (1, -1, 1)
+    turned_scan = write(
+        tmp_path / 'turned.nii', turned(make_scan()[0], axes, flips), turned_affine(PLI, organ.shape, axes, flips)
+    )
+    rough = write(tmp_path / 'rough.nii', organ.astype(np.uint8))
+    a, b, c = (f'{tmp_path}/{name}.nii' for name in 'abc')
+    predicted(scan, a, *snapshots, '--rounds', 1, '--start', rough)
+    assert 'start: 18 voxels' in capsys.readouterr().out
+    predicted(turned_scan, b, *snapshots, '--rounds', 1, '--start', rough)
+    predicted(scan, c, *snapshots, '--rounds', 1, '--box', 2, 4, 2, 3, 2, 4)
+    assert mask_of(a)[organ].mean() > 0.5
+    np.testing.assert_array_equal(mask_of(b), turned(mask_of(a), axes, flips))
+    np.testing.assert_array_equal(mask_of(c), mask_of(a))
+
+
+@pytest.mark.parametrize('start', [np.ones((9, 8, 5)), np.zeros((9, 8, 6))])
+def test_a_start_of_segment_that_does_not_fit_is_refused(start, snapshots):
+    with pytest.raises(ValueError, match=r'a mask of the image, \(9, 8, 6\), that is not empty is expected'):
+        volumes.segmenting.segment(make_scan()[0], PLI, snapshots, device='cpu', start=start)
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (['--box', 2, 9, 2, 3, 2, 4], '--box: x from 2 to 9 is not within 0 to 8'),
+        (['--start', 'empty.nii'], 'an empty mask is no start'),
+        (['--start', 'small.nii'], 'does not fit its image'),
+        (['--start', 'empty.nii', '--box', 2, 4, 2, 3, 2, 4], '--start, --box (one of them)'),
+        (['--box', 2, 4, 2], 'expected 6 arguments'),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(options, words, scan, snapshots, tmp_path, call):
+    write(tmp_path / 'empty.nii', np.zeros((9, 8, 6), np.uint8))
+    write(tmp_path / 'small.nii', np.ones((9, 8, 5), np.uint8))
+    options = [tmp_path / word if str(word).endswith('.nii') else word for word in options]
+    done = call('predict.py', scan, tmp_path / 'mask.nii', *snapshots, *options)
+    assert done.code in (1, 2) and words in done.err and not (tmp_path / 'mask.nii').exists()
+
+
+def test_the_record_holds_the_signals_and_the_predicted_DSC(scan, snapshots, tmp_path, capsys):
+    file = calibration_file(Path(snapshots[0]).parent, 3, 1)
+    predicted(scan, tmp_path / 'mask.nii', *snapshots, '--record', tmp_path / 'record.json', '--probe', 1)
+    record = json.loads((tmp_path / 'record.json').read_text())['organs']['1']
+    assert record['trust'] == {} and f'no predicted DSC: report.py writes {file}' in capsys.readouterr().out
+    assert record['signals']['probes'] == [pytest.approx(1, abs=0.5)] and record['start'] == 'coarse'
+    planes = record['signals']['rounds'][-1]['planes']
+    cases = {str(i): ({'planes': planes + (i - 2.5) / 100}, 0.9 - i / 20) for i in range(6)}
+    write_json(file, calibrate(cases))
+    try:
+        predicted(scan, tmp_path / 'mask.nii', *snapshots, '--record', tmp_path / 'record.json')
+    finally:
+        file.unlink()
+    trust = json.loads((tmp_path / 'record.json').read_text())['organs']['1']['trust']
+    assert 'predicted DSC {predicted_DSC:.2f} ({low:.2f} to {high:.2f}); planes disagree on'.format(**trust) in (
+        capsys.readouterr().out
+    )
+
+
+def test_what_the_networks_see_is_drawn(scan, snapshots, tmp_path):
+    predicted(scan, tmp_path / 'mask.nii', *snapshots, '--rounds', 1, '--explain', tmp_path / 'seen')
+    for plane in 'XYZ':
+        with Image.open(tmp_path / f'seen/{plane}.png') as picture:
+            assert picture.size == (1375, 341) and len(picture.getcolors(10**6)) > 100

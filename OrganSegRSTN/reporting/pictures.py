@@ -92,9 +92,41 @@ def draw_gain(axes, cases):
     axes.scatter(places, final, s=24, color=COLOURS['prediction'], label='coarse to fine')
     axes.legend(frameon=False, ncols=2, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
     axes.set(ylabel='DSC (%)', ylim=(-2, 102), xlim=(-0.7, len(cases) - 0.3))
+    name_cases(axes, names)
+
+
+def name_cases(axes, names):
+    """Write the names of cases under the places 0, 1, ... of a chart."""
     short = [name if len(name) <= 16 else f'{name[:15]}…' for name in names]
     size, angle = min(8, 540 / len(names)), 90 if len(names) > 8 else 0
-    axes.set_xticks(places, short if size > 3 else [], rotation=angle, fontsize=size, parse_math=False)
+    axes.set_xticks(np.arange(len(names)), short if size > 3 else [], rotation=angle, fontsize=size, parse_math=False)
+
+
+def draw_differences(axes, cases):
+    """Draw the paired differences of the DSC of [(name, difference)], in this order, and their mean."""
+    names, differences = zip(*cases)
+    differences = 100 * np.array(differences)
+    colours = [COLOURS['prediction'] if value < 0 else COLOURS['label'] for value in differences]
+    axes.bar(np.arange(len(names)), differences, color=colours, width=0.7)
+    axes.axhline(0, color=INK, lw=0.8)
+    axes.axhline(differences.mean(), color=FAINT, lw=1.2, ls='--', label=f'mean {differences.mean():+.2f}')
+    axes.legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
+    axes.set(ylabel='difference of DSC (%)', xlim=(-0.7, len(names) - 0.3))
+    name_cases(axes, names)
+
+
+def draw_trust(axes, cases):
+    """Draw predicted against true DSC of [(predicted, true, whether it is one of the worst)]."""
+    predicted, true, worst = map(np.array, zip(*cases))
+    low = max(100 * min(predicted.min(), true.min()) - 5, 0)
+    axes.plot([low, 100], [low, 100], color=FAINT, lw=1, zorder=1)
+    for marks, colour, name in (
+        (~worst, INK, 'a case'),
+        (worst, COLOURS['prediction'], 'a quarter of the cases: the worst'),
+    ):
+        axes.scatter(100 * predicted[marks], 100 * true[marks], s=22, color=colour, label=name)
+    axes.legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
+    axes.set(xlabel='predicted DSC (%)', ylabel='true DSC (%)', xlim=(low, 100), ylim=(low, 100), aspect='equal')
 
 
 MARGIN, LEAST = 12, 64  # voxels: around the box of label and prediction; at least shown along each axis
@@ -173,8 +205,12 @@ def remarks(world, box, shape, count, axis, stride):
 
 
 def upright(volume, plane, rows, columns, found):
-    """The slices (N, rows, columns), head or front up, the patient's right on the left."""
-    view = plane_view(volume, plane)
+    """The slices (N, rows, columns) along a plane, head or front up, the patient's right on the left."""
+    return standing(plane_view(volume, plane), rows, columns, found)
+
+
+def standing(view, rows, columns, found):
+    """Slices (N, A, B), turned to stand so; rows, columns: the axes of the volume to run along them."""
     view = view if rows < columns else view.swapaxes(1, 2)
     flips = [slice(None, None, -1 if found and found[axis][1] > 0 else 1) for axis in (rows, columns)]
     return view[:, flips[0], flips[1]]

@@ -3,10 +3,14 @@
 import json
 import math
 
+from reporting import trust
+from reporting.explaining import explain_case
 from reporting.measures import compare_surfaces, spread
-from reporting.pictures import draw_gain, draw_rounds, write_chart, write_planes
+from reporting.pictures import draw_gain, draw_rounds, draw_trust, write_chart, write_planes
 from reporting.scores import AGREEMENTS, results_table
+from reporting.surfaces import write_surfaces
 from utils import DSC_computation
+from volumes.calibration import SIGNALS, case_signals
 
 HEADLINES = ['coarse2fine', 'coarse_fusion_F2P', 'coarse_Z', 'coarse_Y', 'coarse_X', 'oracle_fusion_F2P']  # the first
 MAIN = ['coarse_X', 'coarse_Y', 'coarse_Z', 'coarse_fusion_F2P', 'oracle_fusion_F2P', 'coarse2fine_R0', 'coarse2fine']
@@ -34,6 +38,10 @@ class RunReport:
             self.source.notice(
                 f'no geometry of {len(in_voxels)} of {len(cases)} cases, measured in voxels: {", ".join(in_voxels)}'
             )
+        for case in sorted((case for case in cases if case['rounds']), key=lambda case: case['DSC'])[
+            : self.args.explain
+        ]:
+            case['seen'] = self.source.attempt(self.seen, case) or []
         rows = [self.row(key, values) for key, values in self.table.items()]
         shown = [case for case in cases if case['result'] == headline]
         return {
@@ -49,6 +57,7 @@ class RunReport:
             'cases': cases,
             'stops': self.stops(),
             'charts': run_charts(self.folder, self.index, cases),
+            'trust': self.trust(),
         }
 
     def row(self, key, values):
@@ -81,6 +90,7 @@ class RunReport:
             'fold': fold,
             'number': number,
             'result': result,
+            'seen': [],
             'DSC': dice.value,
             'missed': is_missed(dice),
             **rounds,
@@ -106,6 +116,43 @@ class RunReport:
             'stopped_at_round': case.stop(float(AGREEMENTS[-1])) if rounds else None,
             'best_round': case.best() if rounds else None,
         }
+
+    def seen(self, case):
+        """The pictures of what the networks see of a case; see explain_case."""
+        tested, number = self.stages['coarse2fine'][case['fold']], case['number']
+        image, geometry = self.source.image(tested.fold, number), self.source.geometry(tested.fold, number)
+        if image is None:
+            return []
+        intensity_window = tested.intensity_window() or (self.args.low_range, self.args.high_range)
+        return explain_case(self.folder / 'cases', case['id'], tested, number, image, geometry, intensity_window)
+
+    def trust(self):
+        """How well the signals of the rounds predict the DSC where a case stops, and the calibration; None without rounds."""
+        folders = self.stages.get('coarse2fine', {})
+        places = [
+            (fold, n) for fold in sorted(folders) for n, case in sorted(folders[fold].cases.items()) if case.rounds()
+        ]
+        if not places:
+            return None
+        cases, signals = {}, []
+        for fold, number in places:
+            case, name = folders[fold].cases[number], self.source.case_name(fold, number)
+            stop = case.stop(float(AGREEMENTS[-1]))
+            found, value = case_signals(case.record(), stop), case.rounds()[stop].value
+            signals.append({'case': name, 'DSC': value, 'predicted': None, **dict.fromkeys(SIGNALS), **found})
+            if found and not math.isnan(value):
+                cases[name] = found, value
+        calibration = trust.calibrate(cases)
+        shown = {'signals': signals, 'counted': len(cases), 'calibration': calibration}
+        if calibration:
+            predicted = dict(zip(calibration['cases'], calibration['left_out']))
+            for case in signals:
+                case['predicted'] = predicted.get(case['case'])
+            shown |= trust.quality(calibration) | {'chart': f'charts/run{self.index}_trust.svg'}
+            points = [(case['predicted'], case['DSC'], case['case'] in shown['worst']) for case in signals]
+            points = [point for point in points if point[0] is not None]
+            write_chart(self.folder / shown['chart'], draw_trust, (3.6, 3.4), points)
+        return shown
 
     def stops(self):
         """For each stopping threshold: the Spread of the rounds needed, and the cases that reached it."""
@@ -157,6 +204,7 @@ class RunReport:
         folder = self.folder / 'cases'
         planes = write_planes(folder, case_id, image, masks, geometry, intensity_window, self.args.slices)
         content = {plane['plane']: {'sheet': plane['sheet'], 'contours': plane['contours']} for plane in planes}
+        write_surfaces(folder / f'{case_id}_3d.js', case_id, masks, geometry)
         (folder / f'{case_id}.js').write_text(f'showCase({json.dumps(case_id)}, {json.dumps(content)});\n')
         return planes
 

@@ -13,6 +13,7 @@ from running.results import read_settings
 from utils import Dice
 from volumes.fusion import FUSIONS
 from volumes.rounds import AGREEMENTS
+from volumes.trust import checked
 
 MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)  # from reading an odd JSON
 
@@ -46,6 +47,7 @@ class CaseScores(NamedTuple):
     image_file: str | None
     dice: dict  # {key: Dice}
     agreement: dict  # {round: inter-iteration DSC}
+    signals: dict | None = None  # the record of volumes.trust, as stored
 
     def rounds(self):
         """[Dice] of rounds 0, 1, ... as far as the case went."""
@@ -56,6 +58,13 @@ class CaseScores(NamedTuple):
         """The first round whose inter-iteration DSC reaches `threshold`, else the last one."""
         last = len(self.rounds()) - 1
         return next((r for r in range(1, last) if self.agreement.get(r, 0) >= threshold), last)
+
+    def record(self):
+        """The record of volumes.trust: the stored one, else what the rounds alone say."""
+        rounds = [
+            {'voxels': dice.pred, 'inter_iteration': self.agreement.get(r)} for r, dice in enumerate(self.rounds())
+        ]
+        return self.signals or {'rounds': rounds}
 
     def best(self):
         """The round of the highest DSC, the first of several; its choice needs the label."""
@@ -152,7 +161,8 @@ def json_scores(case):
             raise ValueError(f'{both} of {pred} and {label} voxels cannot overlap')
         dice[key] = dice_of(both, pred, label)
     agreement = {int(r): float(value) for r, value in case.get('agreement', {}).items()}
-    return int(case['number']), CaseScores(str(case['image_file']), dice, agreement)
+    signals = case['signals'] if checked(case.get('signals')) else None
+    return int(case['number']), CaseScores(str(case['image_file']), dice, agreement, signals)
 
 
 def text_scores(source, path):

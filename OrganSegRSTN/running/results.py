@@ -34,8 +34,11 @@ class Results:
         print(line, flush=True)
         self.lines.append(line)
 
-    def add_case(self, number, case, scores, agreement=()):
-        """Add a case's figures to results.json. scores: {prefix of the volume's file: Dice}; agreement: Dice by round."""
+    def add_case(self, number, case, scores, agreement=(), signals=None):
+        """Add a case's figures to results.json.
+
+        scores: {prefix of the volume's file: Dice}; agreement: Dice by round; signals: a record of volumes.trust.
+        """
         scores = {
             key: {
                 'DSC': None if math.isnan(dice.value) else dice.value,
@@ -48,6 +51,8 @@ class Results:
         found = {'number': number, 'image_file': case.image_file, 'scores': scores}
         if agreement:
             found['agreement'] = {str(r): dice.value for r, dice in enumerate(agreement, 1)}
+        if signals:
+            found['signals'] = signals
         self.cases.append(found)
 
     def average(self, values):
@@ -79,7 +84,7 @@ def lock_folders(*folders):
     """Lock result folders during the block, so that no second run writes into them."""
     with contextlib.ExitStack() as locks:
         for folder in folders:
-            locks.enter_context(locked(folder / '.lock', LEFTOVERS, f'volumes/{LEFTOVERS}'))
+            locks.enter_context(locked(folder / '.lock', LEFTOVERS, f'*/{LEFTOVERS}'))
         try:
             yield
         except KeyboardInterrupt:
@@ -270,7 +275,9 @@ def code():
 
 @functools.cache
 def revision():
-    """Return the commit of the code, with `-dirty` where files differ from it; `unknown` without git."""
+    """Return the commit of the code, with `-dirty` where files differ from it; `unknown` without git, or installed."""
+    if not Path(__file__).resolve().parents[2].joinpath('.git').exists():  # else git names the repository around
+        return 'unknown'
     command = ['git', '-C', Path(__file__).resolve().parent, 'describe', '--always', '--dirty', '--abbrev=12']
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()

@@ -71,7 +71,7 @@ def check_shapes(path, state, expected):
 
 FACTS = {
     'organ_ID': int, 'plane': str, 'slice_thickness': int, 'crop_margin': int, 'intensity_window': list, 'cases': list,
-    'orientation': str, 'spacing': list, 'recipe': str, 'revision': str,
+    'orientation': str, 'spacing': list, 'place': list, 'recipe': str, 'revision': str,
 }  # fmt: skip
 FAR_SPACING = 1.5  # times the voxels of the training
 
@@ -88,7 +88,12 @@ def description(weights):
     found = metadata.get('OrganSegRSTN') if isinstance(metadata, dict) else None
     facts = found.items() if isinstance(found, dict) else ()
     facts = {name: value for name, value in facts if name in FACTS and isinstance(value, FACTS[name])}
-    parts = {'intensity_window': (2, int | float), 'spacing': (3, int | float), 'cases': (None, str)}
+    parts = {
+        'intensity_window': (2, int | float),
+        'spacing': (3, int | float),
+        'place': (6, int | float),
+        'cases': (None, str),
+    }
     for name in parts.keys() & facts.keys():
         length, kind = parts[name]
         if length not in (None, len(facts[name])) or not all(isinstance(part, kind) for part in facts[name]):
@@ -105,17 +110,19 @@ def check_facts(path, facts, expected):
         print(f'{path}: does not say how it was trained; assumes ' + ', '.join(f'{k} {v}' for k, v in expected.items()))
     for name, value in expected.items():
         if name == 'spacing':
-            warn_of_spacing(value, facts.get(name))
+            if doubt := spacing_doubt(value, facts.get(name)):
+                print(f'warning: {doubt}')
         elif facts.get(name, value) != value:
             raise ValueError(f'{path}: trained with {name} {facts[name]}, not {value}')
 
 
-def warn_of_spacing(ours, trained):
-    """Print a warning where voxels (mm along each axis) are not about as large as in training."""
+def spacing_doubt(ours, trained):
+    """Return a sentence where voxels (mm along each axis) are not about as large as in training; else ''."""
     ratios = [max(one / other, other / one) for one, other in zip(ours, trained or ours)]
-    if max(ratios) > FAR_SPACING:
-        text, usual = (' x '.join(f'{size:.3g}' for size in sizes) for sizes in (ours, trained))
-        print(f'warning: voxels of {text} mm, but the networks were trained on {usual} mm')
+    if max(ratios) <= FAR_SPACING:
+        return ''
+    text, usual = (' x '.join(f'{size:.3g}' for size in sizes) for sizes in (ours, trained))
+    return f'voxels of {text} mm, but the networks were trained on {usual} mm'
 
 
 # --- before loading ------------------------------------------------------------------------------------------------

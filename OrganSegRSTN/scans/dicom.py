@@ -33,16 +33,11 @@ def read_series(folder, say=print, resample=False, acquisition=None):
     straightens the last two. `acquisition` (str) chooses one AcquisitionNumber of several. ValueError:
     no slice has it, or two acquisitions overlap.
     """
-    slices = _of_acquisition(_one_series(folder, _read_headers(folder, say)), acquisition, say)
-    _check_alike(slices)
+    slices = ordered_slices(folder, say, acquisition)
     size, geometry = (len(slices), *slices[0].size), None
-    if slices[0].position is None:
-        say('no positions in its headers: the order by InstanceNumber is not checked, and where it lies is unknown')
-        planes = _planes(_by_number(slices))
-    else:
-        _check_apart(slices)
-        slices = _in_order(slices, say)
-        planes, affine = _planes(slices), _affine(slices)
+    planes = _planes(slices)
+    if slices[0].position is not None:
+        affine = _affine(slices)
         if fault := _fault(slices):
             if not resample:
                 raise ValueError(f'{folder}: {fault} (dicom2npy.py --resample interpolates)')
@@ -50,6 +45,17 @@ def read_series(folder, say=print, resample=False, acquisition=None):
             say(f'{fault}: resampled by linear interpolation, {len(slices)} slices to {size[0]}')
         geometry = Geometry(LPS_TO_RAS @ affine, 'position', str(folder), 'DICOM')
     return Scan(stack_slices(planes, size, folder, say), geometry)
+
+
+def ordered_slices(folder, say=print, acquisition=None):
+    """Return the DicomSlices of the one series in a folder in the order of read_series, which see."""
+    slices = _of_acquisition(_one_series(folder, _read_headers(folder, say)), acquisition, say)
+    _check_alike(slices)
+    if slices[0].position is None:
+        say('no positions in its headers: the order by InstanceNumber is not checked, and where it lies is unknown')
+        return _by_number(slices)
+    _check_apart(slices)
+    return _in_order(slices, say)
 
 
 def modality(path):

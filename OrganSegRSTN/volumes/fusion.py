@@ -1,4 +1,4 @@
-"""Fusion of the three planes of coarse or oracle testing by vote (section 3.3)."""
+"""Fusion of the three planes of coarse or oracle testing by vote (section 3.3); merging of several organs."""
 
 import numpy as np
 
@@ -94,3 +94,12 @@ def fusion_masks(volumes, threshold, organ_ID):
     seed = next((votes[name] for name in ('F3', 'F2') if votes[name].any()), votes['F1'])
     processed = {f'{name}P': post_processing(mask.copy(), seed, 0.5, organ_ID) for name, mask in votes.items()}
     return masks | votes | processed
+
+
+def merge(found):
+    """Return organ numbers (W, H, L) uint8, 0 where there is none, of {organ: (mask, probability)}, both uint8."""
+    merged, highest = np.zeros((2, *next(iter(found.values()))[0].shape), np.uint8)
+    for organ, (mask, probability) in found.items():
+        taken = (mask != 0) & ((merged == 0) | (probability > highest))
+        merged[taken], highest[taken] = organ, probability[taken]
+    return merged

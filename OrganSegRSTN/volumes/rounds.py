@@ -14,20 +14,29 @@ def coarse_to_fine(coarse_volumes, fine, image, threshold, organ_ID):
     """Yield (mask uint8, probability float32), (W, H, L), of rounds 0, 1, 2, ...; no round follows an empty mask.
 
     coarse_volumes: of the three planes, uint8; fine: their PlaneTesters of TEST 'F'; image: HU.
-    Round 0 is the coarse mean. Each further round crops by the previous mask and weighs by the
-    saliency of the previous probability.
+    Round 0 is the coarse mean.
     """
     score = coarse_probability(coarse_volumes)
     mask = (score >= threshold).astype(np.uint8)
+    yield from fixed_point(mask, score, fine, image, threshold, organ_ID)
+
+
+def fixed_point(mask, score, fine, image, threshold, organ_ID):
+    """Yield a mask (uint8) and its probability (float32), (W, H, L), then those of round 1, 2, ...; see coarse_to_fine."""
     yield mask, score
     while mask.any():
-        place = region(mask, fine[0].reach)  # the rest of the scan does not matter
-        inside = sum(tester.predict(image[place], score=score[place], mask=mask[place]) for tester in fine)
-        score = np.zeros_like(score)
-        score[place] = inside / np.float32(len(fine))
-        mask = (score >= threshold).astype(np.uint8)
-        mask = post_processing(mask, mask.copy(), 0.5, organ_ID)
+        mask, score = fine_round(mask, score, fine, image, threshold, organ_ID)
         yield mask, score
+
+
+def fine_round(mask, score, fine, image, threshold, organ_ID):
+    """Return mask and probability of the round after these: crop by the mask, weigh by the probability's saliency."""
+    place = region(mask, fine[0].reach)  # the rest of the scan does not matter
+    inside = sum(tester.predict(image[place], score=score[place], mask=mask[place]) for tester in fine)
+    score = np.zeros_like(score)
+    score[place] = inside / np.float32(len(fine))
+    mask = (score >= threshold).astype(np.uint8)
+    return post_processing(mask, mask.copy(), 0.5, organ_ID), score
 
 
 def coarse_probability(volumes):

@@ -1,0 +1,215 @@
+"""How far to trust a mask: signals of the fixed point (section 3.3), recorded without a label while the rounds run.
+
+The record of a case is plain data for JSON: {'rounds': [{voxels, planes, entropy, soft_DSC,
+inter_iteration, from_start, snapshots}, ...], 'contraction': ..., 'probes': [...]}. reporting/trust.py predicts the DSC from it.
+"""
+
+import copy
+import itertools
+import math
+
+import numpy as np
+from scipy import ndimage
+
+from running.files import read_json, write_json
+from volumes.rounds import agreement, coarse_probability, fine_round, fixed_point
+
+PROBES = [(None, 0), *itertools.product(range(3), (1, -1))]  # starts of round 1: widened, or shifted along an axis
+
+
+class Watch:
+    """Records the signals of a case's rounds; a mask counts as organ from `threshold`.
+
+    probes: of how many other starts round 1 is computed, too (0 to 7: widened, then shifted both ways along
+    each axis, by `reach` voxels).
+    """
+
+    def __init__(self, threshold, probes=0, reach=1):
+        self.threshold, self.probes, self.reach = threshold, probes, reach
+        self.rounds, self.changes = [], []
+
+    def coarse_to_fine(self, coarse_volumes, fine, image, organ_ID, start=None):
+        """Yield what volumes.rounds.coarse_to_fine does, and record it.
+
+        start: (mask, probability) of another round 0; without coarse_volumes its planes are unknown.
+        """
+        if start is None:
+            score = coarse_probability(coarse_volumes)
+            start = (score >= self.threshold).astype(np.uint8), score
+        planes = [Watched(tester, self.threshold) for tester in fine]
+        first, votes, before = start[0], [volume >= 255 * self.threshold for volume in coarse_volumes], None
+        for mask, score in fixed_point(*start, planes, image, self.threshold, organ_ID):
+            if before:
+                votes = [plane.vote for plane in planes]
+            self.rounds.append(round_signals(mask, score, votes))
+            if before:
+                self.rounds[-1]['inter_iteration'] = agreement(before[0], mask).value
+                self.rounds[-1]['from_start'] = agreement(first, mask).value
+                self.rounds[-1]['snapshots'] = mean_disagreement([plane.votes for plane in planes])
+            if len(self.rounds) == 2:
+                self.changes = [
+                    agreement(mask, fine_round(other, before[1], fine, image, self.threshold, organ_ID)[0]).value
+                    if other.any()
+                    else None
+                    for other in other_starts(before[0], self.reach)[: self.probes]
+                ]
+            yield mask, score
+            before = mask, score
+
+    def record(self):
+        """Return the record of the rounds so far."""
+        inters = [values['inter_iteration'] for values in self.rounds[1:]]
+        probes = self.changes + [None] * (
+            self.probes - len(self.changes)
+        )  # without a round 1 there is nothing to compare
+        return {'rounds': self.rounds, 'contraction': contraction(inters), 'probes': probes}
+
+
+class Watched:
+    """A PlaneTester of TEST 'F' that keeps where it sees organ, `vote`, and where each of several snapshots does, `votes`.
+
+    They are bool (W, H, L); organ is from `threshold`.
+    """
+
+    def __init__(self, tester, threshold):
+        self.testers, self.threshold = [tester], threshold
+        if len(getattr(tester, 'paths', ())) > 1:
+            self.testers = [copy.copy(tester) for _ in tester.paths]
+            for one, path in zip(self.testers, tester.paths):
+                one.paths = [path]
+
+    @property
+    def reach(self):
+        """Return the reach of the tester."""
+        return self.testers[0].reach
+
+    def predict(self, image, **volumes):
+        """Return the mean probability of the snapshots, as PlaneTester.predict does."""
+        total, self.votes = 0, []
+        for tester in self.testers:
+            probability = tester.predict(image, **volumes)
+            total = total + probability
+            if len(self.testers) > 1:
+                self.votes.append(probability >= self.threshold)
+                tester.release()
+        mean = total / np.float32(len(self.testers))
+        self.vote = mean >= self.threshold
+        return mean
+
+
+def round_signals(mask, score, votes):
+    """Return the signals of a round from its mask, its mean probability, and the masks of the three planes.
+
+    planes: their disagreement; entropy: bits, mean over the mask; soft_DSC: Dice of mask and probability.
+    """
+    return {
+        'voxels': int(np.count_nonzero(mask)),
+        'planes': disagreement(votes) if votes else None,
+        'entropy': entropy(score[mask > 0]),
+        'soft_DSC': soft_DSC(mask, score),
+    }
+
+
+def mean_disagreement(groups):
+    """Return the mean disagreement of the snapshots of each plane; None where a plane has one."""
+    return float(np.mean([disagreement(votes) for votes in groups])) if all(groups) else None
+
+
+def disagreement(masks):
+    """Return the share of the voxels in any of these masks (bool, one shape) that is not in all; 0 for empty ones."""
+    marked = np.count_nonzero(np.logical_or.reduce(masks))
+    return 1 - np.count_nonzero(np.logical_and.reduce(masks)) / marked if marked else 0.0
+
+
+def entropy(probabilities):
+    """Return the mean binary entropy (bits, 0 to 1) of these probabilities; None of none."""
+    if not probabilities.size:
+        return None
+    p = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
+    return float(-np.mean(p * np.log2(p) + (1 - p) * np.log2(1 - p)))
+
+
+def soft_DSC(mask, score):
+    """Return 2 sum(p m) / (sum(p) + sum(m)) of a mask m and its probability p; None if the mask is empty."""
+    marked = np.count_nonzero(mask)
+    total = float(score.sum(dtype=np.float64))
+    return 2 * float(score[mask > 0].sum(dtype=np.float64)) / (total + marked) if marked else None
+
+
+def contraction(inters):
+    """Return the factor by which a round shrinks the distance, 1 - inter-iteration DSC, to the one before; or None.
+
+    It is the geometric mean over the rounds; below 1 they approach each other, at 0 they have met.
+    """
+    distances = [1 - inter for inter in inters]
+    if len(distances) < 2 or distances[0] == 0:
+        return None
+    return (distances[-1] / distances[0]) ** (1 / (len(distances) - 1))
+
+
+def reach(margin):
+    """Return by how many voxels --probe moves a start: a quarter of the crop margin."""
+    return max(margin // 4, 1)
+
+
+def other_starts(mask, reach):
+    """Return masks like this one to start round 1 from: widened, or shifted, by `reach` voxels (see PROBES)."""
+    starts = []
+    for axis, way in PROBES:
+        if axis is None:
+            starts.append(ndimage.binary_dilation(mask, iterations=reach).astype(np.uint8))
+            continue
+        shift = [0, 0, 0]
+        shift[axis] = way * reach
+        starts.append(shifted(mask, shift))
+    return starts
+
+
+def shifted(mask, shift):
+    """Return the mask moved by `shift` (voxels along each axis); what leaves the volume is lost."""
+    moved = np.zeros_like(mask)
+    target = tuple(slice(max(s, 0), n + min(s, 0)) for s, n in zip(shift, mask.shape))
+    source = tuple(slice(max(-s, 0), n - max(s, 0)) for s, n in zip(shift, mask.shape))
+    moved[target] = mask[source]
+    return moved
+
+
+# --- the record of a test case -------------------------------------------------------------------------------------
+
+
+def record_file(folder, number):
+    """Return the path of a case's record in a result folder of coarse to fine."""
+    return folder / 'signals' / f'{number}.json'
+
+
+def store_record(folder, number, record):
+    """Write a case's record."""
+    record_file(folder, number).parent.mkdir(parents=True, exist_ok=True)
+    write_json(record_file(folder, number), record, nulls=True)
+
+
+def stored_record(folder, number):
+    """Return a case's record, or None where there is none that is whole."""
+    try:
+        record = read_json(record_file(folder, number))
+        return record if checked(record) else None
+    except (OSError, ValueError):
+        return None
+
+
+def checked(record):
+    """Return whether this is a record: what it holds may come from a damaged or strange file."""
+    rounds, probes = (record.get(name) for name in ('rounds', 'probes')) if isinstance(record, dict) else (None, None)
+    if not (isinstance(rounds, list) and isinstance(probes, list) and all(isinstance(r, dict) for r in rounds)):
+        return False
+    numbers = [record.get('contraction'), *probes, *(number for values in rounds for number in values.values())]
+    return all(number is None or (isinstance(number, int | float) and math.isfinite(number)) for number in numbers)
+
+
+def record_of_masks(masks):
+    """Return the record of stored masks alone, of results that were made without signals."""
+    rounds = [{'voxels': int(np.count_nonzero(mask))} for mask in masks]
+    for values, before, mask in zip(rounds[1:], masks, masks[1:]):
+        values |= {'inter_iteration': agreement(before, mask).value, 'from_start': agreement(masks[0], mask).value}
+    inters = [values['inter_iteration'] for values in rounds[1:]]
+    return {'rounds': rounds, 'contraction': contraction(inters), 'probes': []}
