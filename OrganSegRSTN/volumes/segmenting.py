@@ -17,9 +17,9 @@ import nibabel.orientations as axes
 import numpy as np
 import torch
 
-from model import PRECISIONS
+from running.arguments import PRECISIONS
 from running.data_folder import PLANES
-from running.processes import pick_device
+from running.processes import pick_device, pick_precision, set_up_CUDA
 from running.weights import description, load_weights, spacing_doubt
 from scans.geometry import PUBLISHED, Geometry, axis_codes, known, lays_out, load_geometry, what_it_holds
 from scans.voxels import Volume, intensity_doubts
@@ -170,7 +170,7 @@ class Networks:
     snapshots: for each of the planes X, Y, Z a path, or a list of paths whose mean counts. device:
     number of the CUDA device, or cpu. low_range and high_range (HU), margin (pixels), orientation
     (axis codes such as PLI, a geometry/CASE.json, or 'stored'): of snapshots that do not hold them.
-    precision: fp32 or bf16. force: take a snapshot although its name is of another plane. keep: keep
+    precision: as --precision. force: take a snapshot although its name is of another plane. keep: keep
     the networks in memory for the next scan.
     """
 
@@ -179,7 +179,7 @@ class Networks:
         if orientation and not is_orientation(orientation):
             raise ValueError(f'orientation {orientation!r}: neither axis codes such as {NIH} nor a .json file')
         if precision not in PRECISIONS:
-            raise ValueError(f'precision {precision!r}: {" or ".join(PRECISIONS)} is expected')
+            raise ValueError(f'precision {precision!r}: one of {", ".join(PRECISIONS)} is expected')
         paths = [[paths] if isinstance(paths, str | Path) else paths for paths in snapshots]
         self.paths = [[Path(path) for path in plane] for plane in paths]
         if len(self.paths) != len(PLANES) or not all(self.paths):
@@ -187,6 +187,9 @@ class Networks:
         self.training = check_snapshots(self.paths, force)
         first = self.paths[0][0]
         device = device if isinstance(device, torch.device) else pick_device(str(device))
+        precision = pick_precision(precision, device)
+        if device.type == 'cuda':
+            set_up_CUDA(precision, seed=None)
         self.settings = plane_settings(self.training, first, device, low_range, high_range, margin, precision)
         self.orientation = training_orientation(orientation, self.training, first)
         self.coarse, self.fine = (
