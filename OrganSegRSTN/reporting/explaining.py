@@ -109,7 +109,7 @@ def look(tester, image, mask, score):
         score[0, middle],
         saliency[0, middle],
         weighted[0, 1],
-        net.fine(weighted, mask >= 0.5, 0)[0, middle],
+        net.fine_windows(weighted, mask >= 0.5, empty=0)[0, middle],
     )
     panels = dict(zip(TITLES, (array.float().cpu().numpy() for array in arrays)))
     return panels, bounding_box(mask[0] >= 0.5, net.margins()), j
