@@ -347,7 +347,7 @@ def find_scans(folder):
 
 def made_with(args, organs):
     """Return what a mask depends on beside its scan."""
-    settings = {'rounds': args.rounds, 'stop_DSC': args.stop_DSC, 'threshold': args.threshold}
+    settings = {name: getattr(args, name) for name in ('rounds', 'stop_DSC', 'threshold', 'probe')}
     for number, organ in organs.items():
         settings[f'organ {number}'] = organ.networks.record()['settings']
         settings[f'snapshots {number}'] = [checksum(path) for paths in organ.networks.paths for path in paths]
