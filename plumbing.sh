@@ -127,8 +127,9 @@ check_settings() {
 
 pretrained() {  # pretrained [_fine]: does models/pretrained hold an FCN-8s for $fold and $organ?
   local folder=$DATA_PATH/models/pretrained
-  exists "$folder/fcn8s_from_caffe.pth" || exists "$folder/fcn8s_from_vgg16.pth" ||
-    exists "$folder/fcn8s_FD${fold}_$organ${1:-}.pth"
+  exists "$folder/fcn8s_FD${fold}_$organ${1:-}.pth" && return
+  [[ $PRETRAINED_FURTHER != 1 ]] &&
+    { exists "$folder/fcn8s_from_caffe.pth" || exists "$folder/fcn8s_from_vgg16.pth"; }
 }
 
 check_pretrained() {  # a later fold must not fail after days because it has no FCN-8s to start from

@@ -175,7 +175,7 @@ def place_fact(args, cases):
     for number, slices in boxes.items():
         a, b0, b1, c0, c1 = np.transpose(slices)
         box = [a.min(), a.max() + 1, b0.min(), b1.max() + 1, c0.min(), c1.max() + 1]
-        shape = load_array(Path(args.data_path, numbers[number].image_file)).shape
+        shape = np.load(Path(args.data_path, numbers[number].image_file), mmap_mode='r').shape
         shares.append(np.divide(box, np.repeat(shape, 2)))
     return {'place': np.median(shares, axis=0).tolist()} if shares else {}
 

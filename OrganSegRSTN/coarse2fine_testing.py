@@ -102,6 +102,9 @@ def case_rounds(args, folder, case, number, shape, coarse, fine):
     probability = round_file(folder, 'P', number)
     missing = args.probability and load_volume(probability, shape) is None
     missing = missing or (args.probe and len((record or {'probes': ()})['probes']) < args.probe)
+    missing = missing or (
+        record is not None and len(record['rounds']) < len(masks) and record['rounds'][-1].get('voxels')
+    )
     if missing or not finished(masks, args):
         for path in (probability, record_file(folder, number)):
             path.unlink(missing_ok=True)  # they are stored last, so that they always belong to the rounds beside them

@@ -147,6 +147,8 @@ def names_a_folder(args):
 def check_outputs(args):
     """Refuse, before any work, outputs that are no masks by name, cannot be written, or are INPUT itself."""
     files = [Path(path) for path in (args.OUTPUT, args.probability, args.record) if path]
+    if args.explain:
+        files += [Path(args.explain, f'{plane}.png') for plane in PLANES]
     if names_a_folder(args):
         if args.probability or args.record:
             raise ValueError(f'{args.OUTPUT}: of a folder of scans no --probability or --record can be written')
@@ -170,11 +172,11 @@ def check_outputs(args):
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ValueError(f'{path}: cannot be written; name a file in a folder that you can write to')
     inputs = [args.INPUT, *(files if not names_a_folder(args) else [args.OUTPUT])]
-    paths = [os.path.realpath(path) for path in inputs]
+    paths = [os.path.realpath(path) for path in [*inputs, *([args.start] if args.start else [])]]
     same = any(os.path.exists(path) and os.path.samefile(path, args.INPUT) for path in inputs[1:]
                if os.path.exists(args.INPUT))  # fmt: skip
     if same or len(set(paths)) < len(paths):
-        raise ValueError(f'{args.OUTPUT}: INPUT, OUTPUT, --probability and --record must be different files')
+        raise ValueError(f'{args.OUTPUT}: INPUT, OUTPUT, --start, --probability and --record must be different files')
 
 
 class Organ(NamedTuple):
@@ -346,11 +348,12 @@ def find_scans(folder):
 
 
 def made_with(args, organs):
-    """Return what a mask depends on beside its scan."""
+    """Return what a mask and its record depend on beside the scan."""
     settings = {name: getattr(args, name) for name in ('rounds', 'stop_DSC', 'threshold', 'probe')}
     for number, organ in organs.items():
         settings[f'organ {number}'] = organ.networks.record()['settings']
-        settings[f'snapshots {number}'] = [checksum(path) for paths in organ.networks.paths for path in paths]
+        settings[f'snapshots {number}'] = organ.networks.checksums
+        settings[f'calibration {number}'] = checksum(organ.networks.calibration_file())
         if args.dicom:
             settings[f'code {number}'] = [organ.code[0], organ.code[1].value, organ.code[2] and organ.code[2].value]
     return settings
@@ -362,11 +365,11 @@ def predict_one(args, organs, path, stem, how):
     Write STEM.json, then STEM.nii.gz or STEM.dcm. ValueError: there is one that was made otherwise.
     """
     file, mask_file = Path(f'{stem}.json'), Path(f'{stem}{".dcm" if args.dicom else ".nii.gz"}')
-    how = how | {'scan': scan_checksum(path)}
+    how = how | {'scan': scan_checksum(path), 'mask': mask_file.name}
     former = read_record(file)
     if mask_file.exists() or file.exists():
         before = former.get('made_with', {})
-        if differing := [name for name in how if before.get(name) != how[name]]:
+        if differing := [name for name in sorted(how.keys() | before.keys()) if before.get(name) != how.get(name)]:
             if not args.overwrite:
                 raise ValueError(f'{mask_file}: is there, made otherwise ({", ".join(differing)}); give --overwrite to '
                                  'replace it, or another OUTPUT')  # fmt: skip

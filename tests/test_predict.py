@@ -21,6 +21,7 @@ import volumes.testing
 from model import RSTN
 from reporting.trust import calibrate
 from running.files import load_volume, write_json
+from running.results import checksum
 from running.weights import describe
 from volumes.calibration import calibration_file
 from volumes.rounds import coarse_probability
@@ -581,7 +582,8 @@ def test_the_record_holds_the_signals_and_the_predicted_DSC(scan, snapshots, tmp
     assert record['signals']['probes'] == [pytest.approx(1, abs=0.5)] and record['start'] == 'coarse'
     planes = record['signals']['rounds'][-1]['planes']
     cases = {str(i): ({'planes': planes + (i - 2.5) / 100}, 0.9 - i / 20) for i in range(6)}
-    write_json(file, calibrate(cases))
+    known = {'snapshots': [checksum(path) for path in snapshots]}
+    write_json(file, calibrate(cases) | known)
     try:
         predicted(scan, tmp_path / 'mask.nii', *snapshots, '--record', tmp_path / 'record.json')
     finally:

@@ -582,6 +582,11 @@ def test_weights_from_outside_recipe_steps_and_averages_reach_the_scripts(tmp_pa
     convert, further, fine, training, coarse, coarse2fine = (' '.join(words) for words in found)
     folder = tmp_path / 'models/pretrained'
     assert convert.endswith('--convert vgg16') and further.endswith(f'--start {folder}/fcn8s_from_vgg16.pth')
+    folder.mkdir(parents=True)
+    (folder / 'fcn8s_from_vgg16.pth').touch()
+    (tmp_path / 'images').mkdir()
+    lazy = run_sh(**flags | {'LAZY_MODE': 1}).stdout
+    assert len(re.findall('--start .*vgg16.pth', lazy)) == 2, 'trained further, though the converted weights are there'
     assert fine.endswith(f'--fine --start {folder}/fcn8s_from_vgg16.pth') and '--fine' not in further
     for words in (
         '--recipe fast',

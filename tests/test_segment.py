@@ -226,7 +226,7 @@ def test_organs_that_cannot_be_told_apart_or_lack_a_plane_are_refused(tmp_path):
     (other / 'FD0:XJ3_1.pkl').rename(tmp_path / 'x.pkl')
     with pytest.raises(ValueError, match='neither it nor its name says'):
         organ_snapshots([str(tmp_path / 'x.pkl')])
-    with pytest.raises(ValueError, match='no training of all planes of organ 1, FD0'):
+    with pytest.raises(ValueError, match='no training of all three planes of organ 1, FD0'):
         organ_snapshots([str(other)])
     (tmp_path / 'none').mkdir()
     with pytest.raises(FileNotFoundError, match='no snapshots of mode J'):
@@ -302,6 +302,7 @@ def test_masks_of_other_settings_scans_or_makers_are_never_taken_for_done(scans,
     assert predict(call, scans, out, *snapshots).out.count('(done before)') == 3
     other = predict(call, scans, out, *snapshots, '--threshold', 0.4)
     assert other.code == 1 and other.err.count('made otherwise (threshold)') == 3
+    assert predict(call, scans, out, *snapshots, '--probe', 1).err.count('made otherwise (probe)') == 3
     write(scans / 'bert.nii', make_scan(2)[0])
     changed = predict(call, scans, out, *snapshots)
     assert changed.code == 1 and 'bert.nii.gz: is there, made otherwise (scan)' in changed.err

@@ -277,23 +277,30 @@ def test_a_low_or_strange_prediction_asks_to_look_at_the_scan():
 def test_the_line_of_a_new_scan(tmp_path, capsys):
     record = {'rounds': [{'voxels': 9, 'planes': 0.5}, {'voxels': 9, 'planes': 0.31, 'inter_iteration': 0.9}]}
     path = calibration_file(tmp_path, 3, 1)
-    assert print_trust(record, path) == {}
+    assert print_trust(record, path, ['a']) == {}
     assert capsys.readouterr().out.startswith(f'planes disagree on 31 %; no predicted DSC: report.py writes {path}')
-    write_json(path, calibrate(made_cases(8)))
-    figures = print_trust(record, path)
+    write_json(path, calibrate(made_cases(8)) | {'snapshots': ['a', 'b']})
+    figures = print_trust(record, path, ['a'])
     line = 'predicted DSC {predicted_DSC:.2f} ({low:.2f} to {high:.2f}); planes disagree on 31 %: look at this scan\n'
     assert capsys.readouterr().out == line.format(**figures) and figures['look_at_this_scan']
+    assert print_trust(record, path, ['a', 'c']) == {}
+    assert f'no predicted DSC: {path} is of other snapshots' in capsys.readouterr().out
     record['rounds'][-1]['planes'] = 0.9999
-    assert print_trust(record, path) == {'predicted_DSC': None, 'low': None, 'high': None, 'look_at_this_scan': True}
+    assert print_trust(record, path, ['a']) == {
+        'predicted_DSC': None,
+        'low': None,
+        'high': None,
+        'look_at_this_scan': True,
+    }
     assert capsys.readouterr().out == (
         'no predicted DSC, its signals are unlike those of the test cases; planes disagree on 100 %: look at this scan\n'
     )
-    assert print_trust({'rounds': record['rounds'][:1]}, path) == {}
+    assert print_trust({'rounds': record['rounds'][:1]}, path, ['a']) == {}
     assert capsys.readouterr().out == 'planes disagree on 50 %; no predicted DSC without a fine round\n'
-    assert print_trust(record, path, 'given') == {}
+    assert print_trust(record, path, ['a'], 'given') == {}
     assert 'no predicted DSC: round 0 is not that of the coarse networks' in capsys.readouterr().out
-    assert print_trust({'rounds': [{'voxels': 9, 'planes': None}]}, path, 'given') == {}
-    assert print_trust({'rounds': [{'voxels': 0}]}, path) == {} and capsys.readouterr().out == ''
+    assert print_trust({'rounds': [{'voxels': 9, 'planes': None}]}, path, ['a'], 'given') == {}
+    assert print_trust({'rounds': [{'voxels': 0}]}, path, ['a']) == {} and capsys.readouterr().out == ''
 
 
 def test_the_inter_iteration_DSC_is_used_only_without_the_DSC_with_round_0():
@@ -307,6 +314,24 @@ def test_a_damaged_calibration_is_one_line(tmp_path, change):
     write_json(path, calibrate(made_cases(8)) | change)
     with pytest.raises(ValueError, match=f'{path}: not a calibration; run report.py again'):
         read_calibration(path)
+
+
+def test_each_snapshot_of_a_plane_is_asked_in_every_scan():
+    class Tester:
+        net, paths, reach, settings = None, ['a', 'b'], 1, None
+
+        def predict(self, image, **volumes):
+            [path] = self.paths
+            self.net = self.net or path
+            return np.full(image.shape, 0.2 if self.net == 'a' else 0.9, np.float32)
+
+        def release(self):
+            self.net = None
+
+    tester = Tester()
+    for left in (None, 'b'):  # what is in memory from the scan before
+        tester.net = left
+        assert Watched(tester, 0.5).predict(np.zeros((2, 2, 2)))[0, 0, 0] == pytest.approx(0.55)
 
 
 def results_of(cases):

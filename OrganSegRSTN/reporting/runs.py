@@ -145,6 +145,7 @@ class RunReport:
         calibration = trust.calibrate(cases)
         shown = {'signals': signals, 'counted': len(cases), 'calibration': calibration}
         if calibration:
+            calibration['snapshots'] = sorted({one for folder in folders.values() for one in folder.snapshots()})
             predicted = dict(zip(calibration['cases'], calibration['left_out']))
             for case in signals:
                 case['predicted'] = predicted.get(case['case'])

@@ -89,6 +89,11 @@ class ResultFolder(NamedTuple):
         volume = read_volume(self.volume_file(key, number), shape)
         return volume >= 128 if key == self.run.epoch else volume != 0  # planes store round(255 p)
 
+    def snapshots(self):
+        """The checksums of the tested snapshots, from run.json."""
+        settings = read_settings(self.path / 'run.json')
+        return [str(value) for name, value in settings.items() if name.startswith('snapshot ')]
+
     def intensity_window(self):
         """The intensity window (HU) of the test, from run.json, or None."""
         match (read_settings(self.path / 'run.json') or {}).get('window'):

@@ -98,9 +98,10 @@ def read_calibration(path):
     return found
 
 
-def print_trust(record, path, start='coarse'):
+def print_trust(record, path, snapshots, start='coarse'):
     """Print the line that says how far to trust a mask, by the calibration at `path`; return its figures for JSON.
 
+    snapshots: the checksums of the networks, which must be among those of the calibration.
     start: what round 0 is; of another one than the coarse networks' the signals are not those of the test cases.
     """
     rounds = record['rounds']
@@ -110,9 +111,17 @@ def print_trust(record, path, start='coarse'):
     if start != 'coarse':
         print(f'{planes}; no predicted DSC: round 0 is not that of the coarse networks')
         return {}
-    calibration, signals = read_calibration(path), case_signals(record)
+    signals = case_signals(record)
+    try:
+        calibration = read_calibration(path)
+    except ValueError as error:  # the mask is worth more than this line
+        print(f'{planes}; no predicted DSC: {error}')
+        return {}
     if calibration is None:
         print(f'{planes}; no predicted DSC: report.py writes {path} from {LEAST} or more test cases with labels')
+        return {}
+    if not set(snapshots) <= set(calibration.get('snapshots', ())):
+        print(f'{planes}; no predicted DSC: {path} is of other snapshots; test these and run report.py again')
         return {}
     if not set(calibration['signals']) <= signals.keys():
         print(f'{planes}; no predicted DSC without a fine round')

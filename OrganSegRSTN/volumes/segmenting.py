@@ -7,6 +7,7 @@ axes back.
 """
 
 import functools
+import itertools
 import re
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ import torch
 from running.arguments import PRECISIONS
 from running.data_folder import PLANES
 from running.processes import pick_device, pick_precision, set_up_CUDA
+from running.results import checksum
 from running.weights import description, load_weights, spacing_doubt
 from scans.geometry import PUBLISHED, Geometry, axis_codes, known, lays_out, load_geometry, what_it_holds
 from scans.voxels import Volume, intensity_doubts
@@ -103,7 +105,7 @@ def segment_scan(scan, networks, rounds, stop_DSC, threshold, start=None, probes
         warn('nothing found, the mask is empty; does the scan look, and lie, like those of the training?')
     ml = scan.geometry.voxel_ml * found['voxels'] if known(scan.geometry) else None
     print(f'volume: {found["voxels"]} voxels, ' + ('of unknown size' if ml is None else f'{ml:.1f} ml'))
-    trust = print_trust(found['signals'], networks.calibration_file(), found['start'])
+    trust = print_trust(found['signals'], networks.calibration_file(), networks.checksums, found['start'])
     record = networks.record() | found | {'ml': ml, 'trust': trust, 'warnings': warnings}
     return axes.apply_orientation(mask, back), axes.apply_orientation(probability, back), record
 
@@ -119,7 +121,9 @@ def find(image, networks, rounds, stop_DSC, threshold, start=None, probes=0, exp
     for tester in networks.coarse if start is None else ():
         volumes.append(to_bytes(tester.predict(image)))
         networks.release(tester)
-    tried = [(*start, '')] if start else starts(volumes, threshold, networks.training.place)
+    tried = iter([(*start, '')] if start else starts(volumes, threshold, networks.training.place))
+    if not rounds:  # a box or a low threshold must not be the mask
+        tried = itertools.islice(tried, 1)
     for *first, remark in tried:
         if remark:
             print(f'nothing found; tries again: {remark}', flush=True)
@@ -197,6 +201,11 @@ class Networks:
             for TEST in 'CF'
         )
         self.keep = keep
+
+    @functools.cached_property
+    def checksums(self):
+        """Return the SHA-256 of each snapshot."""
+        return [checksum(path) for paths in self.paths for path in paths]
 
     def calibration_file(self):
         """Return the path of what report.py writes beside the first snapshot, see volumes.calibration."""
@@ -319,7 +328,10 @@ def folder_snapshots(folder):
     for (organ, fold), trainings in found.items():
         whole = [time for time, planes in trainings.items() if len(planes) == len(PLANES)]
         if not whole:
-            raise ValueError(f'{folder}: no training of all planes of organ {organ}, {fold}')
+            raise ValueError(
+                f'{folder}: no training of all three planes of organ {organ}, {fold}; train the others, or give the '
+                'snapshots of each organ, separated by commas'
+            )
         chosen = '' if '' in whole else max(whole)
         print(f'organ {organ}, {fold}: the training {chosen or "without a timestamp"} in {folder}')
         for plane, path in trainings[chosen].items():

@@ -64,6 +64,8 @@ def read_start(path, scan):
     label, _ = place_label(volume.label(), volume.geometry, scan.image.shape, scan.geometry)
     if not label.any():
         raise ValueError(f'{path}: an empty mask is no start')
+    if len(values := np.unique(label[label > 0])) > 1:
+        raise ValueError(f'{path}: holds organs {", ".join(f"{value:g}" for value in values)}; give the mask of one')
     return (label > 0).astype(np.uint8)
 
 

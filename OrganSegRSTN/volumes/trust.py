@@ -76,7 +76,7 @@ class Watched:
         if len(getattr(tester, 'paths', ())) > 1:
             self.testers = [copy.copy(tester) for _ in tester.paths]
             for one, path in zip(self.testers, tester.paths):
-                one.paths = [path]
+                one.paths, one.net = [path], None
 
     @property
     def reach(self):
