@@ -254,28 +254,18 @@ class DSC_loss(nn.Module):
         return (1 - DSC).mean()
 
 
-def smooth_dice(pred, target, pixels=None):
-    """Return the soft Dice loss of a batch, smoothed by 1 % of the pixels: slices without the organ have a gradient.
-
-    pixels: how many there are in a sample, (N,); None: all.
-    """
+def smooth_dice(pred, target):
+    """Return the soft Dice loss of a batch, smoothed by 1 % of the pixels: slices without the organ have a gradient."""
     pred, target = pred.flatten(1), target.flatten(1)
-    smooth = 0.01 * (pred.shape[1] if pixels is None else pixels)
+    smooth = 0.01 * pred.shape[1]
     return (1 - (2 * (pred * target).sum(1) + smooth) / (pred.sum(1) + target.sum(1) + smooth)).mean()
 
 
 class DiceEntropyLoss(nn.Module):
-    """The smoothed soft Dice loss plus cross-entropy, whose gradient does not fade where a network is sure and wrong.
-
-    Only pixels that the network saw count: those of a crop. Among those of the whole slice the organ would be lost, and
-    a fine network that learned crops before would unlearn them.
-    """
+    """The smoothed soft Dice loss plus cross-entropy, whose gradient does not fade where a network is sure and wrong."""
 
     def forward(self, pred, target):
-        seen = (pred > 0).flatten(1)
-        entropy = F.binary_cross_entropy(pred, target, reduction='none').flatten(1)
-        pixels = seen.sum(1).clamp(min=1)
-        return smooth_dice(pred, target, pixels) + ((entropy * seen).sum(1) / pixels).mean()
+        return smooth_dice(pred, target) + F.binary_cross_entropy(pred, target)
 
 
 def set_rates(optimizer, done):

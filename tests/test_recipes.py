@@ -82,15 +82,6 @@ def test_slices_without_the_organ_have_a_gradient():
         assert (probability.grad > 1e-4).all() == learns
 
 
-def test_the_fine_loss_is_that_of_the_crop_whatever_the_slice_around_it():
-    torch.manual_seed(2)
-    probability, label = torch.rand(1, 3, 8, 10), (torch.rand(1, 3, 8, 10) > 0.5).float()
-    around = [torch.nn.functional.pad(tensor, (20, 30, 40, 10)) for tensor in (probability, label)]
-    torch.testing.assert_close(DiceEntropyLoss()(*around), DiceEntropyLoss()(probability, label))
-    plain = smooth_dice(probability, label) + torch.nn.functional.binary_cross_entropy(probability, label)
-    torch.testing.assert_close(DiceEntropyLoss()(probability, label), plain)
-
-
 def test_a_fast_training_that_is_killed_ends_with_the_same_bits_and_log(started, tmp_path):
     other = shutil.copytree(started, tmp_path / 'undisturbed')
     options = ('--seed', 1, '--recipe', 'fast', '--checkpoint_minutes', 0, '--resume')
