@@ -125,9 +125,9 @@ check_settings() {
     refuse 'FOLDS is 1, which leaves no case to train on: at least 2'
 }
 
-pretrained() {  # pretrained [_fine]: does models/pretrained hold an FCN-8s for $fold and $organ?
+pretrained() {  # does models/pretrained hold an FCN-8s for $fold and $organ?
   local folder=$DATA_PATH/models/pretrained
-  exists "$folder/fcn8s_FD${fold}_$organ${1:-}.pth" && return
+  exists "$folder/fcn8s_FD${fold}_$organ.pth" && return
   [[ $PRETRAINED_FURTHER != 1 ]] &&
     { exists "$folder/fcn8s_from_caffe.pth" || exists "$folder/fcn8s_from_vgg16.pth"; }
 }
@@ -186,10 +186,10 @@ planes() {  # planes PLANE: the planes that X, Y, Z or A stands for
   if [[ $LAZY_MODE == 1 || $1 == A ]]; then echo X Y Z; else echo "$1"; fi
 }
 
-plane_gpu() {  # plane_gpu NAME: the GPU of a plane, or network, in PLANE_GPUS
+plane_gpu() {  # plane_gpu PLANE: its GPU in PLANE_GPUS
   local X Y Z
   read -r X Y Z <<<"$PLANE_GPUS"
-  case $1 in X | coarse) echo "$X" ;; Y | fine) echo "$Y" ;; Z) echo "$Z" ;; esac
+  case $1 in X) echo "$X" ;; Y) echo "$Y" ;; Z) echo "$Z" ;; esac
 }
 
 once() {  # once COMMAND ...: run it as a job
@@ -216,37 +216,29 @@ over_organs() {  # over_organs "ORGANS" COMMAND ...: COMMAND for each $fold and 
 }
 each_organ() { over_organs "$1" once "${@:2}"; }  # each_organ "ORGANS" COMMAND ...
 each_plane() { over_organs "$1" on_planes "${@:2}"; }  # each_plane "ORGANS" PLANES GPU COMMAND ...
-each_network() { over_organs "$1" on_networks "${@:2}"; }  # each_network "ORGANS" GPU COMMAND ...
 
-on_planes() { side_by_side plane "$(planes "$1")" "${@:2}"; }
-on_networks() {  # only the fast recipe has a start for the fine network
-  local networks=coarse
-  [[ $RECIPE != fast ]] || networks='coarse fine'
-  side_by_side network "$networks" "$@"
-}
-
-side_by_side() {  # side_by_side KIND "NAMES" GPU COMMAND ...: COMMAND for each $plane or $network on $gpu; all at once on PLANE_GPUS
-  local title=$STAGE name plane network gpu=$3 jobs='' failed='' status=0
-  for name in $2; do
-    plane=$name network=$name
-    STAGE="$title, $1 $name"
+on_planes() {  # on_planes PLANES GPU COMMAND ...: COMMAND for each $plane on $gpu; all at once on PLANE_GPUS
+  local title=$STAGE planes plane gpu=$2 jobs='' failed='' status=0
+  planes=$(planes "$1")
+  for plane in $planes; do
+    STAGE="$title, plane $plane"
     if [[ -z $PLANE_GPUS ]]; then
-      once "${@:4}"
+      once "${@:3}"
     else
-      gpu=$(plane_gpu "$name")
-      start beside "$name" "$2" "${@:4}"
-      jobs="$jobs $name:$JOB"
+      gpu=$(plane_gpu "$plane")
+      start beside "$plane" "$planes" "${@:3}"
+      jobs="$jobs $plane:$JOB"
     fi
   done
   STAGE=$title
-  for name in $jobs; do
-    finish "${name#*:}" || { status=$?; failed="$failed ${name%:*}"; }
+  for plane in $jobs; do
+    finish "${plane#*:}" || { status=$?; failed="$failed ${plane%:*}"; }
   done
-  [[ -z $failed ]] || STAGE="$title, $1$failed"
+  [[ -z $failed ]] || STAGE="$title, plane$failed"
   return $status
 }
 
-beside() {  # beside NAME NAMES COMMAND ...: COMMAND among the others, its lines marked with the name
+beside() {  # beside PLANE PLANES COMMAND ...: COMMAND among the others, its lines marked with the plane
   local status=0
   share_cores "$(wc -w <<<"$2")"
   if [[ $DRY_RUN == 1 ]]; then

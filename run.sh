@@ -106,25 +106,21 @@ check_data() { script OrganSegRSTN/check_data.py "$DATA_PATH" "$ORGAN_NUMBER" "$
 DATA=("$ORGAN_NUMBER" "$LOW_RANGE" "$HIGH_RANGE" "$SLICE_THRESHOLD" "$SLICE_THICKNESS")
 # pretrain.py: data_path current_fold organ_number low_range high_range slice_threshold
 #   slice_thickness organ_ID GPU_ID epochs
-pretrain() {
-  script OrganSegRSTN/pretrain.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "${gpu%%[ ,]*}" "$PRETRAINING_EPOCHS" "$@"
-}
-pretraining() {  # of a $network: with RECIPE=fast the fine one has a start of its own
-  local fine= start=
-  [[ $network == coarse ]] || fine=_fine
-  if [[ -n $LAZILY ]] && pretrained "$fine"; then
+pretraining() {
+  local gpu=${PLANE_GPUS:-$TRAINING_GPU} converted=vgg16
+  [[ $PRETRAINED != *caffe* ]] || converted=caffe
+  local pretrain=(OrganSegRSTN/pretrain.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "${gpu%%[ ,]*}" "$PRETRAINING_EPOCHS")
+  if [[ -n $LAZILY ]] && pretrained; then
     echo "fold $fold, organ $organ: models/pretrained holds an FCN-8s to start from"
     return
   fi
-  case $PRETRAINED in '') ;; *caffe*) start=caffe ;; *) start=vgg16 ;; esac
-  pretrain --width "$PRETRAINING_WIDTH" --learning_rate "$PRETRAINING_LEARNING_RATE" \
-    --crop_margin "$TRAINING_MARGIN" --resume --precision "$PRECISION" ${SEED:+--seed "$SEED"} ${fine:+--fine} \
-    ${start:+--start "$DATA_PATH/models/pretrained/fcn8s_from_$start.pth"}
-  [[ $RECIPE == fast ]] || echo '# RECIPE=fast trains better masks in less time from this start (docs/training.md)'
-}
-weights() {
-  local gpu=$TRAINING_GPU
-  if [[ -z $LAZILY ]] || ! pretrained; then pretrain --convert "$PRETRAINED"; fi
+  [[ -z $PRETRAINED ]] || script "${pretrain[@]}" --convert "$PRETRAINED"
+  if [[ -z $PRETRAINED || $PRETRAINED_FURTHER == 1 ]]; then
+    script "${pretrain[@]}" --width "$PRETRAINING_WIDTH" --learning_rate "$PRETRAINING_LEARNING_RATE" \
+      --crop_margin "$TRAINING_MARGIN" --resume --precision "$PRECISION" ${SEED:+--seed "$SEED"} \
+      ${PRETRAINED:+--start "$DATA_PATH/models/pretrained/fcn8s_from_$converted.pth"}
+    [[ $RECIPE == fast ]] || echo '# RECIPE=fast trains better masks in less time from this start (docs/training.md)'
+  fi
 }
 
 #### Training in modes S, I and J: one with the timestamp of a stopped training goes on there ######
@@ -291,10 +287,7 @@ if [[ -n $RAW_PATH ]]; then
 fi
 stage "$ENABLE_INITIALIZATION" initialization once initialization
 stage "$ENABLE_CHECK_DATA" 'a look at the data' once check_data
-[[ -z $PRETRAINED ]] || stage "$ENABLE_PRETRAINING" 'conversion of weights' each_organ "$TRAINING_ORGAN_ID" weights
-if [[ -z $PRETRAINED || $PRETRAINED_FURTHER == 1 ]]; then
-  stage "$ENABLE_PRETRAINING" pretraining each_network "$TRAINING_ORGAN_ID" "$TRAINING_GPU" pretraining
-fi
+stage "$ENABLE_PRETRAINING" pretraining each_organ "$TRAINING_ORGAN_ID" pretraining
 stage "$ENABLE_TRAINING" training \
   each_plane "$TRAINING_ORGAN_ID" "$TRAINING_PLANE" "$TRAINING_GPU" training
 stage "$ENABLE_COARSE_TESTING" 'coarse testing' \

@@ -1,8 +1,7 @@
 """Make an FCN-8s to start training from.
 
 Trains one on the fold's own training slices of all three planes, crops around the organ first, and
-writes models/pretrained/fcn8s_FD{fold}_{organ}.pth; with --fine on these crops alone, for the fine network of
-the fast recipe, fcn8s_FD{fold}_{organ}_fine.pth. Or converts (--convert FILE) weights: the published
+writes models/pretrained/fcn8s_FD{fold}_{organ}.pth. Or converts (--convert FILE) weights: the published
 pipeline's fcn8s_from_caffe.pth is copied, torchvision's vgg16-*.pth (--convert vgg16 downloads it)
 becomes fcn8s_from_vgg16.pth.
 """
@@ -32,7 +31,7 @@ NORMALIZATION = {  # mean and standard deviation of what conv1_1 was trained on,
     'fcn8s_from_caffe.pth': ((104.00699 / 255, 116.66877 / 255, 122.67891 / 255), (1 / 255, 1 / 255, 1 / 255)),
 }
 SCORE_LAYERS = ('score_', 'upscore')
-CROPS_FIRST = 0.4  # share of the steps that see crops around the organ only; with --fine all do
+CROPS_FIRST = 0.4  # share of the steps that see crops around the organ only
 VARIED_FROM = 0.3  # share of the steps after which slices are turned, scaled and changed in contrast
 CROPS = 4  # in a batch, which takes the time of two single ones
 OTHERS = 4  # further organs to learn at most
@@ -47,7 +46,7 @@ def main():
         name, state = convert(load_weights(source), source, args.fold_normalization)
         write(pretrained_folder(args) / name, state)
         return
-    path = pretrained_folder(args) / pretrained_name(args, args.fine)
+    path = pretrained_folder(args) / pretrained_name(args)
     run = Run(path.with_suffix('.ckpt'), args, **list_checksums(args, PLANES))
     with locked(path.with_name(f'.{path.stem}.lock'), f'.{path.stem}.*.part'):
         write(path, pretrain(args, run, device))
@@ -64,9 +63,6 @@ def parse():
     parser.add_argument('--fold_normalization', action='store_true',
                         help="fold the Caffe model's mean and scale into conv1_1")  # fmt: skip
     parser.add_argument('--start', metavar='FILE', help='weights to train further')
-    parser.add_argument(
-        '--fine', action='store_true', help='learn crops only: the start of the fine network (_fine.pth)'
-    )
     parser.add_argument('--crop_margin', type=arguments.whole(0), default=20, help='as in training.py (default 20)')
     arguments.add_training(parser)
     return arguments.parse(parser)
@@ -134,7 +130,7 @@ def as_shaped(tensor, shape):
 def pretrain(args, run, device):
     """Train an FCN-8s on the slices of the fold's training cases, X, Y and Z mixed; return its state dict.
 
-    It starts the coarse and the fine network, or with --fine the fine one. It learns the organ's neighbours as well, as further
+    It starts the coarse and the fine network. It learns the organ's neighbours as well, as further
     classes that are dropped at the end.
     """
     seed_everything(args.seed)
@@ -177,7 +173,7 @@ def learn(args, run, state, attempt, active, whole, device):
             image, label = batch(args, sample, index, step / steps, active, whole)
             loss = pretrain_step(model, optimizer, image.to(device), label.to(device), args.slice_thickness)
             run.losses.add((loss,))
-            if attempt.fails(loss, step, crops_first(args) * steps):
+            if attempt.fails(loss, step, CROPS_FIRST * steps):
                 return None
         print(f'{args.current_fold} Epoch[{epoch + 1}/{args.epochs}], Dice Loss {run.losses.mean[0]:.4f}, '
                 f'Time elapsed {run.losses.elapsed:.2f}s', flush=True)  # fmt: skip
@@ -190,7 +186,7 @@ def new_model(args, active):
     if args.start is None:
         model = FCN8s(classes, args.width)
         samples = [active[random.randrange(len(active))] for _ in range(CROPS)]
-        model.unit_variance(crops(samples, args.crop_margin, thickness, vary=False)[0])
+        model.unit_variance(crops(samples, 2 * args.crop_margin, thickness, vary=False)[0])
         return model
     weights = {key: value for key, value in load_weights(args.start).items() if not key.startswith(SCORE_LAYERS)}
     model = FCN8s(classes, width=len(weights.get('conv1_1.weight', [0])))
@@ -207,11 +203,6 @@ def own_classes(state, thickness):
         elif key.startswith('score_'):
             state[key] = value[:thickness].clone()
     return state
-
-
-def crops_first(args):
-    """Return the share of the steps that see crops around the organ only."""
-    return 1 if args.fine else CROPS_FIRST
 
 
 class Attempt:
@@ -271,9 +262,9 @@ def batch(args, sample, index, done, active, whole):
     """
     vary = done >= VARIED_FROM
     image, label = (tensor[0] for tensor in sample)
-    if done < crops_first(args) or index % 3 == 1:
+    if done < CROPS_FIRST or index % 3 == 1:
         samples = [(image, label), *(active[random.randrange(len(active))] for _ in range(CROPS - 1))]
-        return crops(samples, args.crop_margin, args.slice_thickness, vary)
+        return crops(samples, 2 * args.crop_margin, args.slice_thickness, vary)
     if index % 3 == 2:
         image, label = whole[random.randrange(len(whole))]
     if vary:

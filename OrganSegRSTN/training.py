@@ -19,16 +19,7 @@ import torch
 from Data import load_slices, refuse_seen_cases, training_facts, varied
 from model import RSTN, DiceEntropyLoss, DSC_loss, FCN8s, get_parameters, set_precision, set_rates
 from running.checkpoint import Run, list_checksums, seed_everything
-from running.data_folder import (
-    GOOD_LOSS,
-    MODES,
-    find_pretrained,
-    pretrained_folder,
-    pretrained_name,
-    snapshot_folder,
-    snapshot_name,
-    step_snapshots,
-)
+from running.data_folder import GOOD_LOSS, MODES, find_pretrained, snapshot_folder, snapshot_name, step_snapshots
 from running.files import atomic_write, locked
 from running.results import start
 from running.weights import check_shapes, describe, description, load_weights, missing_weights
@@ -227,46 +218,29 @@ def from_RSTN(args, path, weights):
 
 
 def from_FCN8s(args, path, weights, origin):
-    """Return an RSTN with both networks filled from a pretrained FCN-8s: all layers but upscore, see usable_layers.
+    """Return an RSTN with both networks filled from a pretrained FCN-8s: all layers but score and upscore.
 
-    The fast recipe takes the fine network from what `pretrain.py --fine` wrote, where that stands beside the file.
+    The score layers are taken, too, where pretrain.py trained them for this organ and thickness.
     """
-    layers = usable_layers(args, path, weights, origin)
-    model = new_model(args, width=len(layers['conv1_1.weight']))
-    fill(path, layers, 'both networks', model.coarse_model, model.fine_model)
-    if args.recipe == 'fast':
-        model.saliency2.bias.data.fill_(1)  # the slices as pretraining knows them
-        fine = pretrained_folder(args) / pretrained_name(args, fine=True)
-        if path.name == pretrained_name(args) and fine.exists():
-            weights = load_weights(fine)
-            refuse_seen_cases(args, fine, description(weights))
-            fill(fine, usable_layers(args, fine, weights, description(weights)), 'the fine network', model.fine_model)
-    return model
-
-
-def usable_layers(args, path, weights, origin):
-    """Return the layers of an FCN-8s without its score layers, unless pretrain.py trained them for this organ and thickness."""
     with_scores = (
         origin.get('organ_ID') == args.organ_ID and len(weights.get('score_fr.bias', ())) == args.slice_thickness
     )
     weights = {key: value for key, value in weights.items() if with_scores or 'score' not in key}
     if 'conv1_1.weight' not in weights:
         raise ValueError(f'{path}: not an FCN-8s: conv1_1.weight is missing')
+    width = len(weights['conv1_1.weight'])
     with torch.device('meta'):  # no memory for what may be wrong
-        expected = FCN8s(args.slice_thickness, width=len(weights['conv1_1.weight'])).state_dict()
+        expected = FCN8s(args.slice_thickness, width).state_dict()
     check_shapes(path, weights, {key: value for key, value in expected.items() if with_scores or 'score' not in key})
-    if unknown := sorted(weights.keys() - expected.keys()):
-        raise ValueError(f'{path}: not an FCN-8s: {", ".join(unknown)} unknown')
-    return weights
-
-
-def fill(path, layers, what, *networks):
-    """Load these layers of a file into FCN-8s; print what starts from it."""
-    check_shapes(path, layers, {key: value for key, value in networks[0].state_dict().items() if key in layers})
-    for network in networks:
-        network.load_state_dict(layers, strict=False)
-    scores = 'included' if 'score_fr.weight' in layers else 'from zero'
-    print(f'{path}: starts {what}, width {len(layers["conv1_1.weight"])}, score layers {scores}')
+    model = new_model(args, width)
+    for network in (model.coarse_model, model.fine_model):
+        missing, unknown = network.load_state_dict(weights, strict=False)
+        if unknown or any('score' not in key for key in missing):
+            raise ValueError(f'{path}: not an FCN-8s: {", ".join(unknown + missing)} unknown or missing')
+    if args.recipe == 'fast':
+        model.saliency2.bias.data.fill_(1)  # the slices as pretraining knows them
+    print(f'{path}: starts both networks, width {width}, score layers {"included" if with_scores else "from zero"}')
+    return model
 
 
 # --- steps ---------------------------------------------------------------------------------------------------------

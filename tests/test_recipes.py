@@ -222,38 +222,6 @@ def test_other_organs_are_learned_and_left_out_of_the_file(initialized, tmp_path
     }
 
 
-def test_the_start_of_the_fine_network_sees_crops_only(data, monkeypatch):
-    seen = []
-    batch = pretrain.batch
-    monkeypatch.setattr(pretrain, 'batch', lambda *args: seen.append(batch(*args)) or seen[-1])
-    coarse = run_pretraining(monkeypatch, data)
-    assert {len(image) for image, _ in seen} == {1, pretrain.CROPS}, 'slices and batches of crops'
-    seen.clear()
-    run_pretraining(monkeypatch, data, '--fine')
-    assert {len(image) for image, _ in seen} == {pretrain.CROPS}
-    fine = load_weights(data / 'models/pretrained/fcn8s_FD0_1_fine.pth')
-    assert description(fine) == description(coarse)
-    again = load_weights(data / 'models/pretrained/fcn8s_FD0_1.pth')
-    assert all(torch.equal(coarse[key], again[key]) for key in coarse), 'the other file stays'
-
-
-def test_the_fast_recipe_alone_takes_the_fine_network_from_its_own_start(started, call):
-    torch.manual_seed(5)
-    fine, coarse = (started / f'models/pretrained/fcn8s_FD0_1{end}.pth' for end in ('_fine', ''))
-    torch.save(FCN8s(3, width=4).state_dict(), fine)
-    for recipe, source in (('published', coarse), ('fast', fine)):
-        done = call('training.py', *training_args(started, epochs=(0, 0, 0, 1)), '--recipe', recipe)
-        assert done.code == 0, done.err
-        folder = FAST if recipe == 'fast' else FOLDER
-        weights = load_weights(started / 'models/snapshots' / folder / 'FD0:ZJ3_1.pkl')
-        for network, file in (('coarse', coarse), ('fine', source)):
-            assert torch.equal(weights[f'{network}_model.conv3_1.weight'], load_weights(file)['conv3_1.weight'])
-        assert (f'{fine}: starts the fine network' in done.out) == (recipe == 'fast')
-    torch.save(FCN8s(3, width=5).state_dict(), fine)
-    done = call('training.py', *training_args(started, epochs=(0, 0, 0, 1)), '--recipe', 'fast')
-    assert done.code == 1 and f'{fine}: conv1_1.weight is (5, 3, 3, 3), expected (4, 3, 3, 3)' in done.err
-
-
 def test_converted_weights_are_trained_on_the_fold(started, call):
     path = started / 'models/pretrained/fcn8s_from_vgg16.pth'
     network = FCN8s(3, width=5)

@@ -338,9 +338,9 @@ def pretrained_folder(args):
     return Path(args.data_path, 'models', 'pretrained')
 
 
-def pretrained_name(args, fine=False):
-    """Return `fcn8s_FD0_1.pth`: the FCN-8s that pretrain.py trains for a fold and an organ (`_fine.pth`: with --fine)."""
-    return f'fcn8s_FD{args.current_fold}_{args.organ_ID}{"_fine" * fine}.pth'
+def pretrained_name(args):
+    """Return `fcn8s_FD0_1.pth`: the FCN-8s that pretrain.py trains for a fold and an organ."""
+    return f'fcn8s_FD{args.current_fold}_{args.organ_ID}.pth'
 
 
 def find_pretrained(args):
