@@ -29,7 +29,7 @@ from volumes.rounds import (
     stored_rounds,
 )
 from volumes.testing import first_alone, plane_tester, require_snapshots, run_settings, share_out, stored, to_bytes
-from volumes.trust import PROBES, Watch, reach, record_file, record_of_masks, store_record, stored_record
+from volumes.trust import PROBES, Watch, probe_shift, record_file, record_of_masks, store_record, stored_record
 
 
 def main():
@@ -98,14 +98,10 @@ def case_rounds(args, folder, case, number, shape, coarse, fine):
 
     coarse: [(result folder, PlaneTester)] of the planes.
     """
-    masks, record = stored_rounds(folder, number, shape, args), stored_record(folder, number)
+    masks = stored_rounds(folder, number, shape, args)
     probability = round_file(folder, 'P', number)
     missing = args.probability and load_volume(probability, shape) is None
-    missing = missing or (args.probe and len((record or {'probes': ()})['probes']) < args.probe)
-    missing = missing or (
-        record is not None and len(record['rounds']) < len(masks) and record['rounds'][-1].get('voxels')
-    )
-    if missing or not finished(masks, args):
+    if missing or not finished(masks, args) or not covers(stored_record(folder, number), masks, args.probe):
         for path in (probability, record_file(folder, number)):
             path.unlink(missing_ok=True)  # they are stored last, so that they always belong to the rounds beside them
         image = case.image(args.data_path)
@@ -117,6 +113,15 @@ def case_rounds(args, folder, case, number, shape, coarse, fine):
             save_volume(probability, to_bytes(score))
         store_record(folder, number, record)
     return masks
+
+
+def covers(record, masks, probes):
+    """Return whether a case's record has so many probes, and all rounds of these masks; no record (None) has no probes."""
+    if record is None:
+        return not probes
+    signals = record['rounds']
+    whole = len(signals) >= len(masks) or not signals[-1].get('voxels')  # no round follows an empty mask
+    return whole and len(record['probes']) >= probes
 
 
 def coarse_volume(args, folder, tester, image, number):
@@ -133,7 +138,7 @@ def rounds(args, coarse_volumes, fine, image):
 
     The rounds after an empty mask are empty. The record is that of volumes.trust.
     """
-    masks, watch = [], Watch(args.fine_threshold, args.probe, reach(args.crop_margin))
+    masks, watch = [], Watch(args.fine_threshold, args.probe, probe_shift(args.crop_margin))
     for mask, score in watch.coarse_to_fine(coarse_volumes, fine, image, args.organ_ID):
         masks.append(mask)
         if finished(masks, args):

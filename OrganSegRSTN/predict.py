@@ -131,7 +131,7 @@ def parse(argv=None):
 
 
 def orientation(text):
-    """Type of --orientation: axis codes, a geometry file, or 'stored'."""
+    """Return the type of --orientation: axis codes, a geometry file, or 'stored'."""
     text = text if text == STORED or text.endswith('.json') else text.upper()
     if not is_orientation(text):
         raise argparse.ArgumentTypeError(f'{text!r} is neither axis codes such as {NIH} nor a .json file')

@@ -91,7 +91,7 @@ def read_arguments():
 
 @contextlib.contextmanager
 def fresh_folder(path):
-    """A new folder that replaces `path` when it is complete."""
+    """Return a new folder that replaces `path` when it is complete."""
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     with locked(path.with_name(f'.{path.name}.lock'), f'.{path.name}.*.part'), errors_naming(path):
         part.mkdir()
@@ -104,7 +104,7 @@ def fresh_folder(path):
 
 
 def compare_with(path, source, runs, folder):
-    """The comparisons with the results of another data folder; see compare_runs."""
+    """Return the comparisons with the results of another data folder; see compare_runs."""
     if not Path(path).is_dir():
         raise FileNotFoundError(f'{path}: no such folder')
     other = Source(path)
@@ -125,7 +125,7 @@ def save_calibration(data, run):
 
 
 def loss_chart(source, folder, index, log):
-    """{file, title, text} of a training log's chart."""
+    """Return {file, title, text} of a training log's chart."""
     file = f'charts/log{index}.svg'
     write_chart(folder / file, draw_losses, (3.6, 2.7), log)
     last = {mode: (epoch, losses[2]) for (mode, epoch), losses in sorted(log.epochs.items())}
@@ -136,7 +136,7 @@ def loss_chart(source, folder, index, log):
 
 
 def summary(name, runs, comparisons, notices):
-    """The content of summary.json: DSC and NSD from 0 to 1; null for what is not finite."""
+    """Return the content of summary.json: DSC and NSD from 0 to 1; null for what is not finite."""
     kept = []
     for run in runs:
         results = {
@@ -166,32 +166,32 @@ def summary(name, runs, comparisons, notices):
 
 
 def number(value, digits=2):
-    """A number of a table; ∞ for an infinite distance, a dash for none."""
+    """Return a number as a table shows it: ∞ for an infinite distance, a dash for none."""
     if value is None or math.isnan(value):
         return '–'
     return '∞' if math.isinf(value) else f'{value:.{digits}f}'
 
 
 def percent(value):
-    """0.84619 -> 84.62."""
+    """Return a share in percent: 0.84619 -> 84.62."""
     return number(value if value is None else value * 100)
 
 
 def volume(case, mask):
-    """The volume of a case's label or prediction, with its unit."""
+    """Return the volume of a case's label or prediction, with its unit."""
     ml = case['ml'][mask]
     return f'{case["voxels"][mask]} voxels' if ml is None else f'{ml:.2f} ml'
 
 
 def coverage(spread):
-    """`mean of 18 of 20: 2 infinite`, or '' if every case counts."""
+    """Return `mean of 18 of 20: 2 infinite`, or '' if every case counts."""
     causes = [(spread.infinite, 'infinite'), (spread.undefined, 'undefined'), (spread.unmeasured, 'not measured')]
     text = ', '.join(f'{count} {cause}' for count, cause in causes if count)
     return f'mean of {spread.counted} of {spread.cases}: {text}' if text else ''
 
 
 def render(**content):
-    """The page, from reporting/page.html; all text in it is escaped."""
+    """Return the page, from reporting/page.html; all text in it is escaped."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / 'reporting')
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined

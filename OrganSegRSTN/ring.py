@@ -36,7 +36,7 @@ FEW = 64  # rows up to which a matrix product takes less time than casting its w
 
 
 def pays(net, x):
-    """Whether the ring takes less time than the plain FCN8s `net` for images x: on a CPU always (tests/bench.py).
+    """Return whether the ring is faster than the plain FCN8s `net` for images x: on a CPU always (tests/bench.py).
 
     On CUDA it saves operations but has 163 kernels instead of 44, so only where operations are slow: in strict float32.
     This is an estimate until tests/gpu.py has measured it.
@@ -46,12 +46,12 @@ def pays(net, x):
 
 
 def features(net, x):
-    """What the score layers of the FCN8s `net` see for images (N, 3, A, B): pool3, pool4, fc7, as from net.features."""
+    """Return (pool3, pool4, fc7) of the FCN8s `net` for images (N, 3, A, B), as net.features does."""
     return features_of_sizes(net, [x])[0]
 
 
 def features_of_sizes(net, groups):
-    """The same for groups of images, (N, 3, A, B) each, of any sizes: [(pool3, pool4, fc7)] of the groups.
+    """Return what features does for groups of images, (N, 3, A, B) each, of any sizes: [(pool3, pool4, fc7)] of the groups.
 
     They go through blocks 1 to 4 in one batch, and through fc6 and fc7 as rows of one product, which reads the weights
     once.
@@ -68,7 +68,7 @@ def features_of_sizes(net, groups):
 
 
 def early_blocks(net, groups):
-    """[pool3, pool4] of groups of images: (N, channels, ~(A + 198) / 8, ~(B + 198) / 8), and the same at 1/16.
+    """Return [pool3, pool4] of groups of images: (N, channels, ~(A + 198) / 8, ~(B + 198) / 8), and the same at 1/16.
 
     The deviation of all images is on one canvas: beyond the smaller ones it is 0, as it is in their padding. Backgrounds
     differ only by the size modulo 16.
@@ -102,12 +102,12 @@ def early_blocks(net, groups):
 
 
 def halved(size):
-    """The size after pooling, which keeps an odd last row."""
+    """Return the size after pooling, which keeps an odd last row."""
     return [(n + 1) // 2 for n in size]
 
 
 def on_a_canvas(groups):
-    """All images in one batch (N, 3, A, B), zero beyond the smaller ones, and where it begins in the padded image.
+    """Return all images in one batch (N, 3, A, B), zero beyond small ones, and where it begins in the padded image.
 
     On a CPU it is cut to what is not zero: air is. On CUDA, where looking costs more than it saves, sizes become
     multiples of 16, so that few shapes occur.
@@ -126,7 +126,7 @@ def on_a_canvas(groups):
 
 
 def convolve(weight, bias, backgrounds, deviation):
-    """A 3 x 3 convolution and its ReLU: of the backgrounds, and of the deviation, which grows a pixel on each side."""
+    """Convolve (3 x 3, then ReLU) the backgrounds, and the deviation, which grows a pixel on each side."""
     for kind, background in backgrounds.items():
         backgrounds[kind] = F.conv2d(background, weight, bias, padding=1)
     *_, background = backgrounds.values()
@@ -141,14 +141,14 @@ def convolve(weight, bias, backgrounds, deviation):
 
 
 def align(deviation, start, convs):
-    """The deviation and its start, so padded that, `convs` convolutions later, it consists of whole pooling windows."""
+    """Pad the deviation so that it is whole pooling windows `convs` convolutions later; return it and its start."""
     before = [(s - convs) % 2 for s in start]
     after = [(s + n + convs) % 2 for s, n in zip(start, deviation.shape[2:])]
     return F.pad(deviation, (before[1], after[1], before[0], after[0])), [s - b for s, b in zip(start, before)]
 
 
 def stretch(background, size):
-    """The background of the same weights for another, larger size: its middle row and column are repeated."""
+    """Return the background of the same weights for another, larger size: its middle row and column are repeated."""
     for axis, n in zip((2, 3), size):
         small = background.shape[axis]
         place = torch.arange(n, device=background.device)
@@ -158,13 +158,13 @@ def stretch(background, size):
 
 
 def assemble(background, deviation, start, size):
-    """Activations (N, C, *size): the background of that size plus the deviation, which begins at `start`."""
+    """Return the activations (N, C, *size): the background of that size plus the deviation, which begins at `start`."""
     after = [n - s - small for n, s, small in zip(size, start, deviation.shape[2:])]  # below 0: cut off what is zero
     return stretch(background, size) + F.pad(deviation, (start[1], after[1], start[0], after[0]))
 
 
 def as_matrix_products(layer, xs):
-    """An unpadded convolution (Conv2d) of each x (N, C, A, B), as one product with the weights where they lie in memory."""
+    """Return an unpadded convolution (Conv2d) of each x (N, C, A, B): one product, with the weights where they lie."""
     weight, (height, width) = layer.weight.flatten(1), layer.kernel_size  # (outputs, inputs)
     patches = [x.unfold(2, height, 1).unfold(3, width, 1).movedim(1, 3).flatten(3) for x in xs]  # (N, a, b, inputs)
     rows = torch.cat([patch.flatten(0, 2) for patch in patches])
@@ -175,7 +175,7 @@ def as_matrix_products(layer, xs):
 
 
 def product(rows, weight):
-    """rows (n, inputs) times weight (outputs, inputs), transposed: (n, outputs)."""
+    """Return rows (n, inputs) times the transposed weight (outputs, inputs): (n, outputs)."""
     if weight.dtype is torch.float32 and weight.device.type == 'cpu' and torch.backends.mkldnn.is_available():
         return _Product.apply(rows, weight)
     return F.linear(rows, weight)
@@ -202,6 +202,6 @@ class _Product(torch.autograd.Function):
 
 
 def _weights(net, block, conv, dtype):
-    """Weight and bias of a convolution, in the precision of the activations."""
+    """Return weight and bias of a convolution, in the precision of the activations."""
     layer = net.get_submodule(f'conv{block}_{conv + 1}')
     return layer.weight.to(dtype), layer.bias.to(dtype)

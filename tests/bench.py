@@ -59,7 +59,7 @@ def main():
 
 
 def arguments():
-    """The options, --only as a list of keys."""
+    """Return the options, --only as a list of keys."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures to FILE')
     parser.add_argument('--only', metavar='KEY,...', default=','.join(ASKED), help='only these rows')
@@ -91,7 +91,7 @@ class Process:
         other.close()  # so that the end of the process is noticed here
 
     def ask(self, method, *arguments):
-        """The answer of a method of bench_rows.Worker."""
+        """Return the answer of a method of bench_rows.Worker."""
         self.pipe.send((method, *arguments))
         try:
             return self.pipe.recv()
@@ -104,7 +104,7 @@ class Process:
 
 
 def row(workers, key, repeats, rates):
-    """{plain, fast, ratio, ...} of a row: medians in seconds; plain is the faster where there are several ways."""
+    """Return {plain, fast, ratio, ...} of a row: medians in seconds; plain is the faster of several ways."""
     names = {side: worker.ask('prepare', key) for side, worker in workers.items()}
     times = {(side, name): [] for side in names for name in names[side]}
     for _ in range(repeats):
@@ -126,12 +126,12 @@ def row(workers, key, repeats, rates):
 
 
 def memory(quick):
-    """{what: peak resident bytes} of whole stages at full width, each in its own process."""
+    """Return {what: peak resident bytes} of whole stages at full width, each in its own process."""
     return {'coarse_testing': bench_memory.coarse_testing(quick), 'training': bench_memory.training(quick)}
 
 
 def machine():
-    """What the figures were measured on."""
+    """Return what the figures were measured on."""
     cpu = [
         line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if 'model name' in line
     ]
@@ -140,7 +140,7 @@ def machine():
 
 
 def table(found):
-    """The lines to print."""
+    """Return the lines to print."""
     yield ', '.join(f'{name} {value}' for name, value in found['machine'].items())
     for precision, (rate, how) in found['product_rate'].items():
         yield f'matrix products in {precision}: {rate:.0f} GFLOP/s ({how})'

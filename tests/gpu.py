@@ -3,8 +3,8 @@
 Usage: python tests/gpu.py [--json FILE] [--only NAME,...] [--device cuda:0|cpu] [--width N]
 
 It needs what requirements.txt installs. Without a card it says so and exits 0; --device cpu with a small width tries the
-script itself. At width 64 the numbers are held against the published code's (tests/golden), else against the plain
-network on the CPU.
+script itself. At width 64 it compares the numbers with the published code's (tests/golden), else with those of the
+plain network on the CPU.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main():
 
 
 def arguments():
-    """The options; sizes of what is measured follow from the device."""
+    """Return the options; sizes of what is measured follow from the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures to FILE')
     parser.add_argument('--only', default=','.join(CHECKS), help='only these checks')
@@ -90,7 +90,7 @@ def arguments():
 
 
 def precisions(device):
-    """Those that the device takes."""
+    """Return those that the device takes."""
     found = []
     for name in ('fp32', 'tf32', 'bf16', 'fp16'):
         with contextlib.suppress(ValueError, RuntimeError, AssertionError):
@@ -99,12 +99,12 @@ def precisions(device):
 
 
 def short(figures):
-    """The figures of a check in one line."""
+    """Return the figures of a check in one line."""
     return json.dumps({k: float(f'{v:.3g}') if isinstance(v, float) else v for k, v in figures.items()}).strip('{}')
 
 
 def environment(args):
-    """What it runs on, printed."""
+    """Print and return what it runs on."""
     found = {'torch': torch.__version__, 'cuda': torch.version.cuda, 'device': processes.device_name(args.device)}
     if args.device.type == 'cuda':
         properties = torch.cuda.get_device_properties(args.device)
@@ -127,7 +127,7 @@ def finish(device):
 
 
 def seconds_of(args, work, repeats=None):
-    """The median time of a work, after one to warm up."""
+    """Return the median time of a work, after one to warm up."""
     times = []
     for _ in range((repeats or args.repeats) + 1):
         finish(args.device)
@@ -139,7 +139,7 @@ def seconds_of(args, work, repeats=None):
 
 
 def busy_share(args, work):
-    """The share of a work's time in which the card computes; None on a CPU."""
+    """Return the share of a work's time in which the card computes; None on a CPU."""
     if args.device.type == 'cpu':
         return None
     seconds = seconds_of(args, work, 1)
@@ -151,14 +151,14 @@ def busy_share(args, work):
 
 @functools.cache
 def weights(width):
-    """The golden recipe's state dict at a width: its planted path segments bright organs."""
+    """Return the golden recipe's state dict at a width: its planted path segments bright organs."""
     with torch.device('meta'):
         shapes = {key: tensor.shape for key, tensor in RSTN(width=width).state_dict().items()}
     return {key: torch.from_numpy(array) for key, array in golden_case.recipe.weights(shapes, 7).items()}
 
 
 def golden_RSTN(args, **settings):
-    """An RSTN of the golden weights."""
+    """Return an RSTN of the golden weights."""
     with torch.device('meta'):
         net = RSTN(MARGIN, width=args.width, **settings)
     net.load_state_dict({key: tensor.clone() for key, tensor in weights(args.width).items()}, assign=True)
@@ -166,7 +166,7 @@ def golden_RSTN(args, **settings):
 
 
 def network(args, TEST, precision='fp32', device=None):
-    """A testing network of the golden weights, and the device set up for its precision."""
+    """Return a testing network of the golden weights, and the device set up for its precision."""
     device = device or args.device
     if device.type == 'cuda':
         processes.set_up_CUDA(precision, None)
@@ -176,7 +176,7 @@ def network(args, TEST, precision='fp32', device=None):
 
 
 def testers(args, TEST, precision='fp32', device=None):
-    """The PlaneTesters of the three planes, which share one network."""
+    """Return the PlaneTesters of the three planes, which share one network."""
     settings = PlaneSettings(WINDOW, 3, MARGIN, device or args.device, precision)
     found, net = [PlaneTester(plane, [None], TEST, settings) for plane in 'XYZ'], network(args, TEST, precision, device)
     for tester in found:
@@ -188,12 +188,12 @@ def testers(args, TEST, precision='fp32', device=None):
 
 
 def case(number):
-    """(image, label) of a golden test case, from 1."""
+    """Return (image, label) of a golden test case, from 1."""
     return golden_case.recipe.volume(699 + number, golden_case.SHAPES[number - 1])
 
 
 def rounds_of(args, precision='fp32', device=None, rounds=2):
-    """([coarse volumes of case 1 in bytes], [masks of rounds 0, 1, ...])."""
+    """Return ([coarse volumes of case 1 in bytes], [masks of rounds 0, 1, ...])."""
     image, _ = case(1)
     coarse = [to_bytes(tester.predict(image)) for tester in testers(args, 'C', precision, device)]
     masks = []
@@ -205,7 +205,7 @@ def rounds_of(args, precision='fp32', device=None, rounds=2):
 
 
 def expected_rounds(args):
-    """The same by the published code (width 64), or by the plain network on the CPU."""
+    """Return the same by the published code (width 64), or by the plain network on the CPU."""
     if args.width != 64:
         with plain():
             return rounds_of(args, device=torch.device('cpu'))
@@ -221,7 +221,7 @@ def expected_rounds(args):
 
 @contextlib.contextmanager
 def plain():
-    """The FCN-8s without the ring."""
+    """Return the FCN-8s without the ring."""
     pays, several = ring.pays, FCN8s.several
     ring.pays = lambda *_: False
     FCN8s.several = lambda self, images: [self(image[None])[0] for image in images]
@@ -232,7 +232,7 @@ def plain():
 
 
 def golden(args):
-    """Strict fp32: bytes of three coarse planes, masks of two fine rounds."""
+    """Compare strict fp32 with the published code: bytes of three coarse planes, masks of two fine rounds."""
     (coarse, masks), (expected, rounds) = rounds_of(args), expected_rounds(args)
     moved = [np.count_nonzero(one != other) / one.size for one, other in zip(coarse, expected)]
     levels = max(int(abs(one.astype(int) - other).max()) for one, other in zip(coarse, expected))
@@ -243,7 +243,7 @@ def golden(args):
 
 
 def nine_steps(args):
-    """Strict fp32: losses and norms of the nine golden training steps."""
+    """Compare strict fp32 with the published code: losses and norms of the nine golden training steps."""
     record = json.loads((GOLDEN / 'training.json').read_text())
     losses, norms = steps_on(args, args.device, record)
     if args.width == 64:
@@ -258,7 +258,7 @@ def nine_steps(args):
 
 
 def steps_on(args, device, record):
-    """(losses, norms after) of the nine steps on a device."""
+    """Return (losses, norms after) of the nine steps on a device."""
     if device.type == 'cuda':
         processes.set_up_CUDA('fp32', None)
     image, label = case(1)
@@ -279,7 +279,7 @@ def steps_on(args, device, record):
 
 
 def other_precisions(args):
-    """DSC of every round in tf32, bf16 and fp16, against fp32's: within 0.01."""
+    """Compare the DSC of every round in tf32, bf16 and fp16 with fp32's: within 0.01."""
     label = case(1)[1]
     wanted = [DSC_computation(label, mask).value for mask in rounds_of(args)[1]]
     found = {}
@@ -294,7 +294,7 @@ def other_precisions(args):
 
 
 def rates(args):
-    """Copies (GB/s) and products (TFLOP/s)."""
+    """Measure copies (GB/s) and products (TFLOP/s)."""
     n = 256 if args.device.type == 'cpu' else 8192
     source = torch.rand(n * n, device=args.device)
     target = torch.empty_like(source)
@@ -310,7 +310,7 @@ def rates(args):
 
 @torch.inference_mode()
 def ring_or_plain(args):
-    """The ring's logits are the plain network's; ms of both, by size and precision; `pays` chooses the faster one."""
+    """Compare the ring's logits and ms with the plain network's, by size and precision; `pays` is to choose the faster."""
     found, wrong = {}, []
     for precision in args.precisions:
         net = network(args, 'C', precision).coarse_model
@@ -332,7 +332,7 @@ def ring_or_plain(args):
 
 
 def times(args):
-    """Seconds, by precision, of training steps, coarse testing on three planes and a fine round; busy: the card's share."""
+    """Measure training steps, coarse testing and a fine round by precision: seconds, and the card's busy share."""
     found = {}
     for precision in args.precisions:
         one = {}
@@ -359,7 +359,7 @@ def times(args):
 
 
 def training_work(args, precision, n):
-    """A step in mode J on a slice of n x n."""
+    """Return a step in mode J on a slice of n x n, as a function."""
     if args.device.type == 'cuda':
         processes.set_up_CUDA(precision, None)
     model = RSTN(width=args.width).train().to(args.device)
@@ -371,7 +371,7 @@ def training_work(args, precision, n):
 
 
 def body(shape):
-    """(image, mask of an organ): a body in air that fills 0.7 of a slice."""
+    """Return (image, mask of an organ): a body in air that fills 0.7 of a slice."""
     axes = np.meshgrid(*[np.linspace(-1, 1, n, dtype=np.float32) for n in shape], indexing='ij', sparse=True)
     image = np.where((axes[0] / 0.85) ** 2 + (axes[1] / 0.8) ** 2 + 0 * axes[2] < 1, 40, -1000).astype(np.int16)
     mask = sum((a / 0.15) ** 2 for a in axes) < 1
@@ -380,7 +380,7 @@ def body(shape):
 
 
 def memory(args):
-    """Peak memory (GB) of a training step on a whole slice, and of coarse testing, by precision."""
+    """Measure the peak memory (GB) of a training step on a whole slice, and of coarse testing, by precision."""
     if args.device.type == 'cpu':
         return {}
     found = {}
@@ -402,7 +402,7 @@ def memory(args):
 
 @contextlib.contextmanager
 def training_folder(args):
-    """(data folder, arguments of training.py in a narrow network on tiny cases)."""
+    """Return (data folder, arguments of training.py in a narrow network on tiny cases)."""
     with tempfile.TemporaryDirectory(prefix='gpu_') as folder:
         data = Path(folder)
         process_memory.write_cases(data, [(40, 36, 10)] * 4)
@@ -420,12 +420,12 @@ def snapshot(data, timestamp):
 
 
 def differs(one, other):
-    """The largest difference of two state dicts."""
+    """Return the largest difference of two state dicts."""
     return max(float((one[key].double() - other[key].double()).abs().max()) for key in one)
 
 
 def seed_and_resume(args):
-    """training.py twice with one seed, and stopped and resumed: the same bits."""
+    """Run training.py twice with one seed, and stopped and resumed: the same bits."""
     with training_folder(args) as (data, settings):
         for timestamp in ('20260101_000001', '20260101_000002'):
             process_memory.run('training.py', *settings, timestamp, '--seed', 1)
@@ -447,7 +447,7 @@ def seed_and_resume(args):
 
 
 def two_processes(args):
-    """Two processes on one card, gradients averaged over gloo: the steps of one process that averages them."""
+    """Compare two processes on one card, gradients averaged over gloo, with one process that averages them."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', __file__]
     command += ['--worker', '--device', str(args.device), '--width', str(min(args.width, 16))]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -456,7 +456,7 @@ def two_processes(args):
 
 
 def worker(args):
-    """One of two processes: three steps, a mode each, with the gradients averaged; rank 0 compares and prints."""
+    """Run one of two processes: three steps, a mode each, with the gradients averaged; rank 0 compares and prints."""
     if args.device.type == 'cuda':
         torch.cuda.set_device(args.device)
         processes.set_up_CUDA('fp32', None)
@@ -491,7 +491,7 @@ def worker(args):
 
 
 def out_of_memory(args):
-    """Too little memory is one line that names a cure, exit code 1."""
+    """Check that too little memory is one line that names a cure, exit code 1."""
     command = [sys.executable, __file__, '--exhaust', '--device', str(args.device), '--width', str(args.width)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 1, done.returncode
@@ -508,7 +508,7 @@ def exhaust(args):
 
 
 def missing_device(args):
-    """A device that is not there, or twice, is one line, exit code 1."""
+    """Check that a device that is not there, or given twice, is one line, exit code 1."""
     found = {}
     for GPU_ID in ['0,0'] if args.device.type == 'cpu' else ['99', '0,0']:
         command = [sys.executable, process_memory.CODE / 'pretrain.py', '.', 0, 1, *WINDOW, 0.98, 3, 1, GPU_ID, 1]

@@ -58,6 +58,9 @@ class Says:
         self.masks.append(mask)
         return self.volume
 
+    def each(self, image, **volumes):
+        yield self.predict(image, **volumes)
+
 
 # --- signals -------------------------------------------------------------------------------------------------------
 
@@ -117,17 +120,14 @@ def test_another_start_is_round_0():
     assert mask is start[0] and score is start[1] and after.ravel().tolist() == [1, 1, 0, 0]
 
 
-class Snapshots:
+class Snapshots(PlaneTester):
     """A PlaneTester of these paths, which are the probabilities that they predict."""
 
     def __init__(self, *paths):
-        self.paths, self.released = list(paths), 0
+        super().__init__('X', paths, 'F', PlaneSettings((-100, 240), 3, 1, torch.device('cpu'), 'fp32'))
 
-    def predict(self, image):
-        return sum(self.paths) / np.float32(len(self.paths))
-
-    def release(self):
-        self.released += 1
+    def each(self, image):
+        yield from self.paths
 
 
 def test_several_snapshots_give_their_mean_and_their_disagreement():
@@ -316,22 +316,13 @@ def test_a_damaged_calibration_is_one_line(tmp_path, change):
         read_calibration(path)
 
 
-def test_each_snapshot_of_a_plane_is_asked_in_every_scan():
-    class Tester:
-        net, paths, reach, settings = None, ['a', 'b'], 1, None
-
-        def predict(self, image, **volumes):
-            [path] = self.paths
-            self.net = self.net or path
-            return np.full(image.shape, 0.2 if self.net == 'a' else 0.9, np.float32)
-
-        def release(self):
-            self.net = None
-
-    tester = Tester()
+def test_each_snapshot_of_a_plane_is_asked_in_every_scan(monkeypatch):
+    monkeypatch.setattr('volumes.testing.load_RSTN', lambda path, *rest: path)
+    monkeypatch.setattr('volumes.testing.predict_volume', lambda net, image, *rest: row(0.2 if net == 'a' else 0.9))
+    tester = PlaneTester('X', ['a', 'b'], 'F', PlaneSettings((-100, 240), 3, 1, torch.device('cpu'), 'fp32'))
     for left in (None, 'b'):  # what is in memory from the scan before
         tester.net = left
-        assert Watched(tester, 0.5).predict(np.zeros((2, 2, 2)))[0, 0, 0] == pytest.approx(0.55)
+        assert Watched(tester, 0.5).predict(row(0)).item() == pytest.approx(0.55)
 
 
 def results_of(cases):

@@ -25,7 +25,7 @@ class Tested(NamedTuple):
 
 
 def tested_runs(source, runs):
-    """[Tested] of the results of a data folder (read_results)."""
+    """Return [Tested] of the results of a data folder (read_results)."""
     return [
         Tested(
             source.path.resolve().name,
@@ -41,7 +41,7 @@ def tested_runs(source, runs):
 
 
 def compare_runs(source, runs, other_source, other_runs, folder):
-    """[comparison] of the runs of a data folder with those of another; of one folder, of its settings with each other.
+    """Return the comparisons of the runs of two data folders; of one folder, of its settings with each other.
 
     Writes a chart of each to folder/charts. Only runs of one organ are compared.
     """
@@ -62,7 +62,7 @@ def compare_runs(source, runs, other_source, other_runs, folder):
 
 
 def compare(source, a, b):
-    """The comparison of two Tested: a minus b, case by case, of the first result that both have; None without one."""
+    """Return the comparison of two Tested: a minus b by case, of the first result that both have; None without one."""
     key = next((key for key in HEADLINES if key in a.results and key in b.results), None)
     shared = {} if key is None else {case: (dice, b.results[key].get(case)) for case, dice in a.results[key].items()}
     pairs = {case: pair for case, pair in shared.items() if pair[1] and not any(math.isnan(one.value) for one in pair)}

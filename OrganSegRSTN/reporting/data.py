@@ -39,7 +39,7 @@ class Source:
             return None
 
     def _cases(self, fold):
-        """{number: Case} of a fold's testing list, numbered from 1 as in results."""
+        """Return {number: Case} of a fold's testing list, numbered from 1 as in results."""
         return dict(enumerate(self.attempt(read_cases, self.path, 'testing', fold) or [], 1))
 
     def case_name(self, fold, number):
@@ -47,21 +47,21 @@ class Source:
         return Path(case.image_file).stem if case else f'case {number} of fold {fold}'
 
     def organ_title(self, organ):
-        """`organ 1 (spleen)`, or `organ 1` if dataset.json does not name it."""
+        """Return `organ 1 (spleen)`, or `organ 1` if dataset.json does not name it."""
         return f'organ {organ} ({self.label_names[organ]})' if organ in self.label_names else f'organ {organ}'
 
     def label(self, fold, number, organ):
-        """Where the organ is, bool (W, H, L), or None."""
+        """Return where the organ is, bool (W, H, L), or None."""
         case = self.cases(fold).get(number)
         return case and self.attempt(case.label, self.path, organ)
 
     def image(self, fold, number):
-        """The scan (W, H, L) in HU, or None."""
+        """Return the scan (W, H, L) in HU, or None."""
         case = self.cases(fold).get(number)
         return case and self.attempt(case.image, self.path)
 
     def geometry(self, fold, number):
-        """The Geometry of the stored arrays, or None if it is unknown."""
+        """Return the Geometry of the stored arrays, or None if it is unknown."""
         found = self.attempt(load_geometry, geometry_file(self.path, self.case_name(fold, number)))
         return None if found is None or found.holds == 'nothing' else found
 
@@ -97,13 +97,13 @@ class Log(NamedTuple):
 
 
 def read_logs(source):
-    """The logs of a data folder that hold losses, by name."""
+    """Return the logs of a data folder that hold losses, by name."""
     logs = [source.attempt(read_log, path) for path in sorted(source.path.glob('logs/*.txt'))]
     return [log for log in logs if log]
 
 
 def read_log(path):
-    """The Log in a training's output; ValueError if it holds no loss."""
+    """Return the Log in a training's output; ValueError if it holds no loss."""
     log = parse_log(path.stem, text_lines(path))
     if not (log.steps or log.epochs):
         raise ValueError(f'{path}: left out, it holds no losses')
@@ -111,7 +111,7 @@ def read_log(path):
 
 
 def parse_log(name, lines):
-    """The Log in lines of output; of an epoch that was trained twice, the last training counts."""
+    """Return the Log in lines of output; of an epoch that was trained twice, the last training counts."""
     log = Log(name, {}, {})
     for found in filter(None, map(LOSS.match, lines)):
         epoch = found['mode'], int(found['epoch'])

@@ -21,7 +21,7 @@ class Surfaces(NamedTuple):
 
 
 def compare_surfaces(label, pred, spacing):
-    """Surfaces of two masks (W, H, L) of one shape, bool; spacing: from voxel to voxel along each axis.
+    """Return the Surfaces of two masks (W, H, L) of one shape, bool; spacing: from voxel to voxel along each axis.
 
     If one is empty, the distances are infinite and the NSD is 0; if both are, all three are nan.
     """
@@ -57,7 +57,7 @@ class Spread(NamedTuple):
 
 
 def spread(values):
-    """The Spread of values, of which some may be inf, nan or None."""
+    """Return the Spread of values, of which some may be inf, nan or None."""
     numbers = [value for value in values if value is not None]
     finite = [value for value in numbers if math.isfinite(value)]
     figures = [math.nan] * 4
@@ -69,7 +69,7 @@ def spread(values):
 
 
 def interval(values):
-    """(low, high): 95 % percentile bootstrap interval of the mean; the same in every call."""
+    """Return (low, high): 95 % percentile bootstrap interval of the mean; the same in every call."""
     if len(values) < 2:
         return math.nan, math.nan
     means = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(axis=1)
@@ -78,7 +78,7 @@ def interval(values):
 
 
 def joint_box(masks, shape, margin, least):
-    """Slices of the box around all masks (W, H, L), with a margin (voxels).
+    """Return the slices of the box around all masks (W, H, L), with a margin (voxels).
 
     It has at least `least` voxels along each axis. If the masks are empty, it lies around the middle.
     """

@@ -65,7 +65,7 @@ def draw_losses(axes, log):
 
 
 def thinned(values, most):
-    """Means of at most `most` groups of neighbouring values."""
+    """Return means of at most `most` groups of neighbouring values."""
     groups = np.array_split(values, most) if len(values) > most else [[value] for value in values]
     return [float(np.mean(group)) for group in groups]
 
@@ -180,7 +180,7 @@ def write_plane(folder, stem, plane, volumes, box, shape, geometry, most_slices)
 
 
 def anatomy(geometry):
-    """[(0 R, 1 A or 2 S, 1 if the axis leads there, -1 if away)] of the three axes, or None."""
+    """Return [(0 R, 1 A or 2 S, 1 if the axis leads there, -1 if away)] of the three axes, or None."""
     if geometry is None or geometry.holds != 'position':
         return None
     cosines = geometry.affine[:3, :3] / geometry.spacing
@@ -191,7 +191,7 @@ def anatomy(geometry):
 
 
 def remarks(world, box, shape, count, axis, stride):
-    """Remarks on a picture: where up and left are (`world`: axes of rows, columns), what is left out."""
+    """Return the remarks on a picture: where up and left are (`world`: axes of rows, columns), what is left out."""
     texts = []
     if world:
         texts.append(f'{"RAS"[world[0]]} up, {"RAS"[world[1]]} on the left')
@@ -205,19 +205,19 @@ def remarks(world, box, shape, count, axis, stride):
 
 
 def upright(volume, plane, rows, columns, found):
-    """The slices (N, rows, columns) along a plane, head or front up, the patient's right on the left."""
+    """Return the slices (N, rows, columns) along a plane, head or front up, the patient's right on the left."""
     return standing(plane_view(volume, plane), rows, columns, found)
 
 
 def standing(view, rows, columns, found):
-    """Slices (N, A, B), turned to stand so; rows, columns: the axes of the volume to run along them."""
+    """Return the slices (N, A, B), turned to stand so; rows, columns: the axes of the volume to run along them."""
     view = view if rows < columns else view.swapaxes(1, 2)
     flips = [slice(None, None, -1 if found and found[axis][1] > 0 else 1) for axis in (rows, columns)]
     return view[:, flips[0], flips[1]]
 
 
 def chosen_slices(seen, most):
-    """(places of at most `most` slices at equal steps, which of them to show first).
+    """Return (places of at most `most` slices at equal steps, which of them to show first).
 
     The first is where label and prediction differ most; without one of them, where the other is largest.
     """
@@ -241,7 +241,7 @@ def write_sheet(path, slices):
 
 
 def contour_path(mask):
-    """The outlines of a mask (A, B) as an SVG path in half pixels."""
+    """Return the outlines of a mask (A, B) as an SVG path in half pixels."""
     if not mask.any():
         return ''
     lines = contourpy.contour_generator(z=np.pad(mask, 1).astype(float)).lines(0.5)
@@ -249,7 +249,7 @@ def contour_path(mask):
 
 
 def closed_path(points):
-    """A closed line through points (N, 2), whole numbers, the last one the first, as an SVG path."""
+    """Return a closed line through points (N, 2), whole numbers, the last one the first, as an SVG path."""
     steps = np.diff(points, axis=0)
     turns = np.flatnonzero((steps[1:] != steps[:-1]).any(axis=1)) + 1
     kept = points[np.r_[0, turns]]

@@ -38,7 +38,7 @@ class Reference:
             raise ValueError('it holds no figures')
 
     def __call__(self, organ, key, folds):
-        """{mean, std, min, max} of a result or distance over `folds`, as far as they are known."""
+        """Return {mean, std, min, max} of a result or distance over `folds`, as far as they are known."""
         everything, by_fold = self._found(organ, key)
         if everything and set(by_fold) in (set(), set(folds)):
             return everything
@@ -49,14 +49,14 @@ class Reference:
         return found[0] if len(found) == 1 else {'mean': sum(fold['mean'] * fold['cases'] for fold in found) / cases}
 
     def of_fold(self, organ, key, fold):
-        """{mean, std, min, max} of a result in a fold, as far as they are known."""
+        """Return {mean, std, min, max} of a result in a fold, as far as they are known."""
         return self._found(organ, key)[1].get(fold, {})
 
     def _found(self, organ, key):
         return self.figures.get(organ, self.figures.get(None, {})).get(key, ({}, {}))
 
     def unused(self, reports):
-        """A line about figures that have no counterpart in `reports`; '' if there are none."""
+        """Return a line about figures that have no counterpart in `reports`; '' if there are none."""
         known = {row['key'] for report in reports for row in report['rows']}.union(DISTANCES)
         unused = sorted(self.figures.get(None, {}).keys() - known)
         if not unused:
@@ -65,7 +65,7 @@ class Reference:
 
 
 def figures(key, values):
-    """The mean, std, min, max and number of cases in `values`; ValueError if one is out of range."""
+    """Return the mean, std, min, max and number of cases in `values`; ValueError if one is out of range."""
     found = {name: values[name] for name in FIGURES if values.get(name) is not None}
     for name, value in found.items():
         highest = math.inf if key in ('HD95', 'ASD') else 1
@@ -76,7 +76,7 @@ def figures(key, values):
 
 
 def read_references(path):
-    """The References of a JSON file; FileNotFoundError or ValueError names the file."""
+    """Return the References of a JSON file; FileNotFoundError or ValueError names the file."""
     try:
         content = read_json(path)
         return [Reference(part, Path(path).name) for part in content.get('references', [content])]
@@ -90,7 +90,7 @@ def read_references(path):
 
 
 def published_references(source):
-    """The References of logs/published.json if the data folder holds NIH Pancreas-CT; else [].
+    """Return the References of logs/published.json if the data folder holds NIH Pancreas-CT; else [].
 
     It does if four folds test 80 or 82 cases, at least one of them tests exactly the published cases,
     and the labels hold one organ, which dataset.json, if there is one, calls pancreas. Figures of folds
@@ -114,12 +114,12 @@ def published_references(source):
 
 
 def numbered(first, last):
-    """'0001', '0003' -> ['0001', '0002', '0003']."""
+    """Number the cases of a fold: '0001', '0003' -> ['0001', '0002', '0003']."""
     return [f'{number:04d}' for number in range(int(first), int(last) + 1)]
 
 
 def one_pancreas(source):
-    """Whether the labels hold one organ, and nothing calls it other than pancreas."""
+    """Return whether the labels hold one organ, and nothing calls it other than pancreas."""
     path = slice_list(source.path, 'X')
     line = source.attempt(next, text_lines(path), '') if path.exists() else ''
     organs = len(source.attempt(Slice.read, line).organs) if line else 0

@@ -31,7 +31,7 @@ class RunReport:
         self.order = [key for key in [*HEADLINES, *self.table] if key in self.table]
 
     def content(self):
-        """What the page shows."""
+        """Return what the page shows."""
         headline = self.order[0]
         cases = [self.case(*case) for case in sorted({case for values in self.table.values() for case in values})]
         if in_voxels := [case['case'] for case in cases if case['unit'] == 'voxels']:
@@ -61,7 +61,7 @@ class RunReport:
         }
 
     def row(self, key, values):
-        """A row of the table of results: the Spread of the DSC of all and of each fold, missed cases."""
+        """Return a row of the table of results: the Spread of the DSC of all and of each fold, missed cases."""
         folds = sorted({fold for fold, _ in values})
         return {
             'key': key,
@@ -72,7 +72,7 @@ class RunReport:
         }
 
     def case(self, fold, number):
-        """A case: its DSC by round, measures of its last result, and pictures."""
+        """Return a case: its DSC by round, measures of its last result, and pictures."""
         result = next(key for key in self.order if (fold, number) in self.table[key])
         dice = self.table[result][fold, number]
         geometry = self.source.geometry(fold, number)
@@ -106,7 +106,7 @@ class RunReport:
         return case | {'planes': self.pictures(case['id'], image, masks, geometry, intensity_window)}
 
     def rounds(self, fold, number):
-        """DSC and inter-iteration DSC of a case's rounds, where it stops, and the best round."""
+        """Return DSC and inter-iteration DSC of a case's rounds, where it stops, and the best round."""
         folder = self.stages.get('coarse2fine', {}).get(fold)
         case = folder.cases.get(number) if folder else None
         rounds = case.rounds() if case else []
@@ -118,7 +118,7 @@ class RunReport:
         }
 
     def seen(self, case):
-        """The pictures of what the networks see of a case; see explain_case."""
+        """Return the pictures of what the networks see of a case; see explain_case."""
         tested, number = self.stages['coarse2fine'][case['fold']], case['number']
         image, geometry = self.source.image(tested.fold, number), self.source.geometry(tested.fold, number)
         if image is None:
@@ -127,7 +127,7 @@ class RunReport:
         return explain_case(self.folder / 'cases', case['id'], tested, number, image, geometry, intensity_window)
 
     def trust(self):
-        """How well the signals of the rounds predict the DSC where a case stops, and the calibration; None without rounds."""
+        """Return how well the signals of the rounds predict the last DSC, and the calibration; None without rounds."""
         folders = self.stages.get('coarse2fine', {})
         places = [
             (fold, n) for fold in sorted(folders) for n, case in sorted(folders[fold].cases.items()) if case.rounds()
@@ -156,7 +156,7 @@ class RunReport:
         return shown
 
     def stops(self):
-        """For each stopping threshold: the Spread of the rounds needed, and the cases that reached it."""
+        """Return, for each stopping threshold, the Spread of the rounds needed, and the cases that reached it."""
         folders = self.stages.get('coarse2fine', {}).values()
         cases = [case for folder in folders for case in folder.cases.values() if case.rounds()]
         return [
@@ -172,14 +172,14 @@ class RunReport:
         ]
 
     def stored(self, result, fold, stop):
-        """(ResultFolder, prefix of the volume file) of a result of results_table."""
+        """Return (ResultFolder, prefix of the volume file) of a result of results_table."""
         if result == 'coarse2fine':
             return self.stages['coarse2fine'][fold], f'R{stop}'
         stage, _, fusion = result.rpartition('_')
         return (self.stages[stage][fold], fusion) if 'fusion' in stage else (self.stages[result][fold], self.run.epoch)
 
     def volumes(self, tested, key, number, dice):
-        """(image, {label, prediction, coarse: bool (W, H, L)}), as far as they are readable and fit."""
+        """Return (image, {label, prediction, coarse: bool (W, H, L)}), as far as they are readable and fit."""
         label = self.source.label(tested.fold, number, self.run.organ)
         image = self.source.image(tested.fold, number)
         if image is not None and label is not None and image.shape != label.shape:
@@ -199,7 +199,7 @@ class RunReport:
         return image, masks
 
     def pictures(self, case_id, image, masks, geometry, intensity_window):
-        """What write_planes returns of a case; writes the contours of all slices to cases/ID.js."""
+        """Return what write_planes returns of a case; writes the contours of all slices to cases/ID.js."""
         if image is None or not masks:
             return []
         folder = self.folder / 'cases'
@@ -211,12 +211,12 @@ class RunReport:
 
 
 def is_missed(dice):
-    """Whether there is an organ, and no voxel of it was found."""
+    """Return whether there is an organ, and no voxel of it was found."""
     return dice.label > 0 and dice.inter == 0
 
 
 def title(key):
-    """coarse2fine_R1 -> Coarse to fine, round 1."""
+    """Return a title: coarse2fine_R1 -> Coarse to fine, round 1."""
     stage, _, result = key.rpartition('_')
     if key == 'coarse2fine' or stage == 'coarse2fine':
         where = f'round {result[1:]}' if result.startswith('R') else f'stopped at {result if stage else AGREEMENTS[-1]}'
@@ -225,14 +225,14 @@ def title(key):
 
 
 def distances(cases, unit):
-    """The Spread of HD95, ASD and NSD over the cases that are measured in `unit`, mm or voxels."""
+    """Return the Spread of HD95, ASD and NSD over the cases that are measured in `unit`, mm or voxels."""
     cases = [case for case in cases if case['unit'] == unit]
     measures = {key: spread([case[key] for case in cases]) for key in DISTANCES}
     return {'unit': unit, 'cases': len(cases), 'measures': measures}
 
 
 def how_measured(surfaces, dice):
-    """Why a case has its distances, or none."""
+    """Return why a case has its distances, or none."""
     if surfaces is None:
         return 'not measured'
     if dice.label == 0:
@@ -241,14 +241,14 @@ def how_measured(surfaces, dice):
 
 
 def case_line(case):
-    """A line of output about a case."""
+    """Return a line of output about a case."""
     distance = f'HD95 {case["HD95"]:.2f} {case["unit"]}' if case['surfaces'] == 'measured' else case['surfaces']
     missed = ', MISSED' if case['missed'] else ''
     return f'fold {case["fold"]}, {case["case"]}: DSC {case["DSC"] * 100:.2f} %, {distance}{missed}'
 
 
 def run_charts(folder, index, cases):
-    """[{file, width, text}] of a run's charts: DSC by round, and coarse against coarse to fine."""
+    """Return [{file, width, text}] of a run's charts: DSC by round, and coarse against coarse to fine."""
     cases = [case for case in cases if case['rounds'] and not math.isnan(case['DSC'])]
     if not cases:
         return []

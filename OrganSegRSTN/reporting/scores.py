@@ -50,24 +50,24 @@ class CaseScores(NamedTuple):
     signals: dict | None = None  # the record of volumes.trust, as stored
 
     def rounds(self):
-        """[Dice] of rounds 0, 1, ... as far as the case went."""
+        """Return [Dice] of rounds 0, 1, ... as far as the case went."""
         keys = itertools.takewhile(self.dice.__contains__, (f'R{r}' for r in itertools.count()))
         return [self.dice[key] for key in keys]
 
     def stop(self, threshold):
-        """The first round whose inter-iteration DSC reaches `threshold`, else the last one."""
+        """Return the first round whose inter-iteration DSC reaches `threshold`, else the last one."""
         last = len(self.rounds()) - 1
         return next((r for r in range(1, last) if self.agreement.get(r, 0) >= threshold), last)
 
     def record(self):
-        """The record of volumes.trust: the stored one, else what the rounds alone say."""
+        """Return the record of volumes.trust: the stored one, else what the rounds alone say."""
         rounds = [
             {'voxels': dice.pred, 'inter_iteration': self.agreement.get(r)} for r, dice in enumerate(self.rounds())
         ]
         return self.signals or {'rounds': rounds}
 
     def best(self):
-        """The round of the highest DSC, the first of several; its choice needs the label."""
+        """Return the round of the highest DSC, the first of several; its choice needs the label."""
         values = [-1 if math.isnan(dice.value) else dice.value for dice in self.rounds()]
         return values.index(max(values))
 
@@ -85,17 +85,17 @@ class ResultFolder(NamedTuple):
         return self.path / 'volumes' / f'{key}_{number}.npz'
 
     def mask(self, key, number, shape):
-        """A stored prediction (W, H, L), bool; FileNotFoundError, or ValueError if it is not whole."""
+        """Return a stored prediction (W, H, L), bool; FileNotFoundError, or ValueError if it is not whole."""
         volume = read_volume(self.volume_file(key, number), shape)
         return volume >= 128 if key == self.run.epoch else volume != 0  # planes store round(255 p)
 
     def snapshots(self):
-        """The checksums of the tested snapshots, from run.json."""
+        """Return the checksums of the tested snapshots, from run.json."""
         settings = read_settings(self.path / 'run.json')
         return [str(value) for name, value in settings.items() if name.startswith('snapshot ')]
 
     def intensity_window(self):
-        """The intensity window (HU) of the test, from run.json, or None."""
+        """Return the intensity window (HU) of the test, from run.json, or None."""
         match (read_settings(self.path / 'run.json') or {}).get('window'):
             case [int() | float() as low, int() | float() as high] if low < high:
                 return low, high
@@ -106,7 +106,7 @@ class ResultFolder(NamedTuple):
 
 
 def read_results(source):
-    """{Run: {stage: {fold: ResultFolder}}} of all results.
+    """Return {Run: {stage: {fold: ResultFolder}}} of all results.
 
     Of several results of one fold, that of the latest timestamp counts, then that of the most rounds.
     """
@@ -126,7 +126,7 @@ def read_results(source):
 
 
 def read_folder(source, path):
-    """The ResultFolder at `path`; ValueError if its name is not one, or if it holds no result."""
+    """Return the ResultFolder at `path`; ValueError if its name is not one, or if it holds no result."""
     stage, settings = path.parent.name.split('_testing_', 1)
     stage += '_fusion' if ':fusion:' in path.name else ''
     name = NAMES[stage].fullmatch(path.name) if stage in NAMES else None
@@ -145,7 +145,7 @@ def read_folder(source, path):
 
 
 def read_scores(source, path):
-    """{number: CaseScores} of results.json, or of results.txt if it is newer or the only one."""
+    """Return {number: CaseScores} of results.json, or of results.txt if it is newer or the only one."""
     file, text = path / 'results.json', path / 'results.txt'
     try:
         if not text.exists() or file.stat().st_mtime > text.stat().st_mtime - 60:
@@ -158,7 +158,7 @@ def read_scores(source, path):
 
 
 def json_scores(case):
-    """(number, CaseScores) of a case in a results.json; one of MALFORMED if it is not one."""
+    """Return (number, CaseScores) of a case in a results.json; one of MALFORMED if it is not one."""
     dice = {}
     for key, counts in case['scores'].items():
         both, pred, label = (int(counts[name]) for name in ('intersection', 'prediction', 'label'))
@@ -171,7 +171,7 @@ def json_scores(case):
 
 
 def text_scores(source, path):
-    """{number: CaseScores} of a results.txt.
+    """Return {number: CaseScores} of a results.txt.
 
     If it ends without averages it was cut off: its last case may be incomplete and is left out.
     """
@@ -197,7 +197,7 @@ def text_scores(source, path):
 
 
 def dice_of(both, pred, label):
-    """The Dice of three counts of voxels."""
+    """Return the Dice of three counts of voxels."""
     return Dice(2.0 * both / (pred + label) if pred + label else math.nan, both, pred, label)
 
 
@@ -213,7 +213,7 @@ def drop_moved(source, path, fold, cases):
 
 
 def results_table(run, stages):
-    """{key: {(fold, number): Dice}} of a run's stages, in the order of the pipeline.
+    """Return {key: {(fold, number): Dice}} of a run's stages, in the order of the pipeline.
 
     Keys: coarse_X, coarse_fusion_F2P, oracle_Z ..., coarse2fine_R0 (round 0; a case that has stopped
     keeps its last DSC) ..., coarse2fine_best (each case's best round), coarse2fine_0.90 (stopped at

@@ -45,5 +45,5 @@ def write_latex(path, runs):
 
 
 def escaped(text):
-    """A text for LaTeX."""
+    """Return a text for LaTeX."""
     return ''.join(ESCAPES.get(character, character) for character in text)

@@ -8,7 +8,7 @@ import sys
 
 
 def whole(low, high=None):
-    """Type of a whole number of at least `low` (and at most `high`)."""
+    """Return the type of a whole number of at least `low` (and at most `high`)."""
 
     def parse(text):
         value = int(text)
@@ -22,7 +22,7 @@ def whole(low, high=None):
 
 
 def number(low=-math.inf, high=math.inf):
-    """Type of a finite number within [low, high]."""
+    """Return the type of a finite number within [low, high]."""
 
     def parse(text):
         value = float(text)
@@ -35,14 +35,14 @@ def number(low=-math.inf, high=math.inf):
 
 
 def rate(text):
-    """A positive number kept as it was typed, because it becomes part of a folder's name (1e-5, never 1e-05)."""
+    """Return a positive number kept as it was typed, because it becomes part of a folder's name (1e-5, never 1e-05)."""
     if not 0 < float(text) < math.inf or os.sep in text or text != text.strip():
         raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
     return text
 
 
 def one_of(*choices):
-    """Type of a value that must be one of `choices`."""
+    """Return the type of a value that must be one of `choices`."""
 
     def parse(text):
         for choice in choices:
@@ -54,7 +54,7 @@ def one_of(*choices):
 
 
 def organs(text):
-    """Type of several organs, as run.sh lists them: '1 3' -> [1, 3]."""
+    """Return the type of several organs, as run.sh lists them: '1 3' -> [1, 3]."""
     found = [whole(1, 255)(word) for word in text.split()]
     if len(found) < 2 or len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f'{text!r} is not a list of two or more different organs, such as "1 3"')
@@ -62,7 +62,7 @@ def organs(text):
 
 
 def stamp(text):
-    """A timestamp: any text that can be part of a file's name."""
+    """Return a timestamp: any text that can be part of a file's name."""
     if '/' in text or not text.isprintable():
         raise argparse.ArgumentTypeError(f"{text!r} cannot be part of a file's name")
     return text

@@ -126,7 +126,7 @@ class Run:
         return DataLoader(dataset, sampler=mine.tolist(), generator=own, num_workers=self.workers)
 
     def _pause(self, save=False):
-        """Between two steps: save when it is time, or when a signal waits in any rank, which then ends all ranks."""
+        """Save between two steps: when it is time, or when a signal waits in any rank, which then ends all ranks."""
         due = save or time.monotonic() - self.saved >= 60 * self.minutes
         signals, dues = zip(*processes.gather((self.signalled(), due)))
         stop = next(filter(None, signals), None)

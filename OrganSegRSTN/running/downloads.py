@@ -7,7 +7,7 @@ VGG16_SHA256 = '397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0
 
 
 def fetch_vgg16(folder):
-    """Path of torchvision's VGG-16 (553 MB) in `folder`, downloaded if it is not there."""
+    """Return the path of torchvision's VGG-16 (553 MB) in `folder`, downloaded if it is not there."""
     path = folder / VGG16.rpartition('/')[2]
     if not path.exists():
         fetch(VGG16, path, VGG16_SHA256)

@@ -5,6 +5,7 @@ Without torchrun a run is one process of rank 0, and the functions that communic
 
 import contextlib
 import datetime
+import gc
 import os
 import re
 import shutil
@@ -190,6 +191,7 @@ def process_group(device, hours=24):
     )
     try:
         yield
+        gc.collect()  # a DistributedDataParallel is in a reference cycle and must not outlive the group
         dist.barrier()  # exit together: a process can abort when another one exits during communication
     except (dist.DistError, RuntimeError) as error:
         abort(device)

@@ -35,12 +35,12 @@ class Geometry(NamedTuple):
 
     @property
     def spacing(self):
-        """mm from voxel to voxel along each axis."""
+        """Return the mm from voxel to voxel along each axis."""
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
     @property
     def voxel_ml(self):
-        """Volume of a voxel in ml."""
+        """Return the volume of a voxel in ml."""
         return abs(np.linalg.det(self.affine[:3, :3])) / 1000
 
     def transposed(self, axes=PUBLISHED):

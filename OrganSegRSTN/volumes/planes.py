@@ -38,7 +38,8 @@ class SliceAverage:
 
     def __init__(self, shape, plane, thickness, device='cpu'):
         self.axis, self.reach = PLANES.index(plane), thickness // 2
-        self.view = torch.zeros(plane_view(np.empty(shape, bool), plane).shape, device=device)  # (slices, A, B)
+        sides = [n for axis, n in enumerate(shape) if axis != self.axis]
+        self.view = torch.zeros(shape[self.axis], *sides, device=device)  # (slices, A, B)
 
     def covered(self, j):
         """Return the slices inside the volume that the window at j covers."""

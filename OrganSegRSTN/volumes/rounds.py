@@ -10,19 +10,14 @@ from volumes.planes import region
 AGREEMENTS = ('0.90', '0.95', '0.98', '0.99')  # inter-iteration DSC at which a user might stop
 
 
-def coarse_to_fine(coarse_volumes, fine, image, threshold, organ_ID):
+def coarse_to_fine(coarse_volumes, fine, image, threshold, organ_ID, start=None):
     """Yield (mask uint8, probability float32), (W, H, L), of rounds 0, 1, 2, ...; no round follows an empty mask.
 
     coarse_volumes: of the three planes, uint8; fine: their PlaneTesters of TEST 'F'; image: HU.
-    Round 0 is the coarse mean.
+    Round 0 is the coarse mean, or `start`: a mask and its probability.
     """
-    score = coarse_probability(coarse_volumes)
-    mask = (score >= threshold).astype(np.uint8)
-    yield from fixed_point(mask, score, fine, image, threshold, organ_ID)
-
-
-def fixed_point(mask, score, fine, image, threshold, organ_ID):
-    """Yield a mask (uint8) and its probability (float32), (W, H, L), then those of round 1, 2, ...; see coarse_to_fine."""
+    score = coarse_probability(coarse_volumes) if start is None else start[1]
+    mask = (score >= threshold).astype(np.uint8) if start is None else start[0]
     yield mask, score
     while mask.any():
         mask, score = fine_round(mask, score, fine, image, threshold, organ_ID)

@@ -28,7 +28,7 @@ from scans.voxels import Volume, intensity_doubts
 from volumes.calibration import calibration_file, print_trust
 from volumes.starting import given, starts
 from volumes.testing import PlaneSettings, PlaneTester, to_bytes
-from volumes.trust import Watch, reach
+from volumes.trust import Watch, probe_shift
 
 NIH = 'PLI'
 STORED = 'stored'
@@ -129,7 +129,7 @@ def find(image, networks, rounds, stop_DSC, threshold, start=None, probes=0, exp
             print(f'nothing found; tries again: {remark}', flush=True)
         if explain and first[0].any():
             explain(image, networks, *first)
-        watch = Watch(threshold, probes, reach(networks.settings.margin))
+        watch = Watch(threshold, probes, probe_shift(networks.settings.margin))
         mask, score = run_rounds(watch, first, volumes, networks.fine, image, rounds, stop_DSC, begin)
         if mask.any():
             break

@@ -58,10 +58,12 @@ class PlaneTester:
 
     def predict(self, image, **volumes):
         """Return the probability (W, H, L) float32 of the organ in `image` (W, H, L) HU; see predict_volume."""
-        total = 0
+        return sum(self.each(image, **volumes)) / np.float32(len(self.paths))
+
+    def each(self, image, **volumes):
+        """Yield the probability that each snapshot predicts; predict returns their mean."""
         for path in self.paths:
-            total = total + predict_volume(self.load(path), image, self.plane, self.settings, **volumes)
-        return total / np.float32(len(self.paths))
+            yield predict_volume(self.load(path), image, self.plane, self.settings, **volumes)
 
     def load(self, path):
         """Return the network of a snapshot."""

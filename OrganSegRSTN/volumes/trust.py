@@ -4,7 +4,6 @@ The record of a case is plain data for JSON: {'rounds': [{voxels, planes, entrop
 inter_iteration, from_start, snapshots}, ...], 'contraction': ..., 'probes': [...]}. reporting/trust.py predicts the DSC from it.
 """
 
-import copy
 import itertools
 import math
 
@@ -12,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from running.files import read_json, write_json
-from volumes.rounds import agreement, coarse_probability, fine_round, fixed_point
+from volumes.rounds import agreement, coarse_to_fine, fine_round
 
 PROBES = [(None, 0), *itertools.product(range(3), (1, -1))]  # starts of round 1: widened, or shifted along an axis
 
@@ -21,37 +20,36 @@ class Watch:
     """Records the signals of a case's rounds; a mask counts as organ from `threshold`.
 
     probes: of how many other starts round 1 is computed, too (0 to 7: widened, then shifted both ways along
-    each axis, by `reach` voxels).
+    each axis, by `shift` voxels).
     """
 
-    def __init__(self, threshold, probes=0, reach=1):
-        self.threshold, self.probes, self.reach = threshold, probes, reach
+    def __init__(self, threshold, probes=0, shift=1):
+        self.threshold, self.probes, self.shift = threshold, probes, shift
         self.rounds, self.changes = [], []
 
     def coarse_to_fine(self, coarse_volumes, fine, image, organ_ID, start=None):
         """Yield what volumes.rounds.coarse_to_fine does, and record it.
 
-        start: (mask, probability) of another round 0; without coarse_volumes its planes are unknown.
+        Without coarse_volumes the planes of round 0 are unknown.
         """
-        if start is None:
-            score = coarse_probability(coarse_volumes)
-            start = (score >= self.threshold).astype(np.uint8), score
         planes = [Watched(tester, self.threshold) for tester in fine]
-        first, votes, before = start[0], [volume >= 255 * self.threshold for volume in coarse_volumes], None
-        for mask, score in fixed_point(*start, planes, image, self.threshold, organ_ID):
-            if before:
-                votes = [plane.vote for plane in planes]
-            self.rounds.append(round_signals(mask, score, votes))
-            if before:
-                self.rounds[-1]['inter_iteration'] = agreement(before[0], mask).value
-                self.rounds[-1]['from_start'] = agreement(first, mask).value
-                self.rounds[-1]['snapshots'] = mean_disagreement([plane.votes for plane in planes])
+        votes, before = [volume >= 255 * self.threshold for volume in coarse_volumes], None
+        for mask, score in coarse_to_fine(coarse_volumes, planes, image, self.threshold, organ_ID, start):
+            if before is None:
+                first = mask
+                self.rounds.append(round_signals(mask, score, votes))
+            else:
+                values = round_signals(mask, score, [plane.vote for plane in planes])
+                values['inter_iteration'] = agreement(before[0], mask).value
+                values['from_start'] = agreement(first, mask).value
+                values['snapshots'] = mean_disagreement([plane.votes for plane in planes])
+                self.rounds.append(values)
             if len(self.rounds) == 2:
                 self.changes = [
                     agreement(mask, fine_round(other, before[1], fine, image, self.threshold, organ_ID)[0]).value
                     if other.any()
                     else None
-                    for other in other_starts(before[0], self.reach)[: self.probes]
+                    for other in other_starts(before[0], self.shift)[: self.probes]
                 ]
             yield mask, score
             before = mask, score
@@ -59,41 +57,27 @@ class Watch:
     def record(self):
         """Return the record of the rounds so far."""
         inters = [values['inter_iteration'] for values in self.rounds[1:]]
-        probes = self.changes + [None] * (
-            self.probes - len(self.changes)
-        )  # without a round 1 there is nothing to compare
-        return {'rounds': self.rounds, 'contraction': contraction(inters), 'probes': probes}
+        unknown = [None] * (self.probes - len(self.changes))  # no round 1 to compare with
+        return {'rounds': self.rounds, 'contraction': contraction(inters), 'probes': self.changes + unknown}
 
 
 class Watched:
     """A PlaneTester of TEST 'F' that keeps where it sees organ, `vote`, and where each of several snapshots does, `votes`.
 
-    They are bool (W, H, L); organ is from `threshold`.
+    They are bool (W, H, L); organ is from `threshold`. Of a single snapshot `votes` is empty.
     """
 
     def __init__(self, tester, threshold):
-        self.testers, self.threshold = [tester], threshold
-        if len(getattr(tester, 'paths', ())) > 1:
-            self.testers = [copy.copy(tester) for _ in tester.paths]
-            for one, path in zip(self.testers, tester.paths):
-                one.paths, one.net = [path], None
-
-    @property
-    def reach(self):
-        """Return the reach of the tester."""
-        return self.testers[0].reach
+        self.tester, self.threshold, self.reach = tester, threshold, tester.reach
 
     def predict(self, image, **volumes):
         """Return the mean probability of the snapshots, as PlaneTester.predict does."""
-        total, self.votes = 0, []
-        for tester in self.testers:
-            probability = tester.predict(image, **volumes)
+        total, votes = 0, []
+        for probability in self.tester.each(image, **volumes):
             total = total + probability
-            if len(self.testers) > 1:
-                self.votes.append(probability >= self.threshold)
-                tester.release()
-        mean = total / np.float32(len(self.testers))
-        self.vote = mean >= self.threshold
+            votes.append(probability >= self.threshold)
+        mean = total / np.float32(len(votes))
+        self.vote, self.votes = mean >= self.threshold, votes if len(votes) > 1 else []
         return mean
 
 
@@ -147,21 +131,19 @@ def contraction(inters):
     return (distances[-1] / distances[0]) ** (1 / (len(distances) - 1))
 
 
-def reach(margin):
+def probe_shift(margin):
     """Return by how many voxels --probe moves a start: a quarter of the crop margin."""
     return max(margin // 4, 1)
 
 
-def other_starts(mask, reach):
-    """Return masks like this one to start round 1 from: widened, or shifted, by `reach` voxels (see PROBES)."""
+def other_starts(mask, shift):
+    """Return masks like this one to start round 1 from: widened, or shifted, by `shift` voxels (see PROBES)."""
     starts = []
     for axis, way in PROBES:
         if axis is None:
-            starts.append(ndimage.binary_dilation(mask, iterations=reach).astype(np.uint8))
-            continue
-        shift = [0, 0, 0]
-        shift[axis] = way * reach
-        starts.append(shifted(mask, shift))
+            starts.append(ndimage.binary_dilation(mask, iterations=shift).astype(np.uint8))
+        else:
+            starts.append(shifted(mask, [way * shift if a == axis else 0 for a in range(3)]))
     return starts
 
 
@@ -200,7 +182,9 @@ def stored_record(folder, number):
 def checked(record):
     """Return whether this is a record: what it holds may come from a damaged or strange file."""
     rounds, probes = (record.get(name) for name in ('rounds', 'probes')) if isinstance(record, dict) else (None, None)
-    if not (isinstance(rounds, list) and isinstance(probes, list) and all(isinstance(r, dict) for r in rounds)):
+    if not (
+        isinstance(rounds, list) and rounds and isinstance(probes, list) and all(isinstance(r, dict) for r in rounds)
+    ):
         return False
     numbers = [record.get('contraction'), *probes, *(number for values in rounds for number in values.values())]
     return all(number is None or (isinstance(number, int | float) and math.isfinite(number)) for number in numbers)
