@@ -60,9 +60,9 @@ def held_memory(pid, what):
 
 
 def write_cases(data, shapes):
-    """images/0001.npy ... and labels/: a bright organ in a soft body, a volume a shape."""
+    """Write images/0001.npy ... and labels/: a bright organ in a soft body, a volume a shape; those of a shape are alike."""
     for number, shape in enumerate(shapes, 1):
-        for kind, volume in zip(('images', 'labels'), recipe.volume(number, shape)):
+        for kind, volume in zip(('images', 'labels'), recipe.volume(1 + shapes.index(shape), shape)):
             (data / kind).mkdir(parents=True, exist_ok=True)
             np.save(data / kind / f'{number:04d}.npy', volume)
 

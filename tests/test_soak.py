@@ -22,7 +22,7 @@ def test_steady_memory_and_files_are_no_growth():
 
 
 def test_a_volume_that_stays_in_memory_every_case_is_growth():
-    assert growth('coarse X', looks(lambda done: 300e6 + done * 20e3, lambda done: 4), 200)['grows']
+    assert growth('coarse X', looks(lambda done: 300e6 + done * 50e3, lambda done: 4), 200)['grows']
 
 
 def test_a_file_left_open_every_case_is_growth():
