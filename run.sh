@@ -107,18 +107,18 @@ DATA=("$ORGAN_NUMBER" "$LOW_RANGE" "$HIGH_RANGE" "$SLICE_THRESHOLD" "$SLICE_THIC
 # pretrain.py: data_path current_fold organ_number low_range high_range slice_threshold
 #   slice_thickness organ_ID GPU_ID epochs
 pretraining() {
-  local gpu=${PLANE_GPUS:-$TRAINING_GPU} converted=vgg16
-  [[ $PRETRAINED != *caffe* ]] || converted=caffe
+  local gpu=${PLANE_GPUS:-$TRAINING_GPU}
   local pretrain=(OrganSegRSTN/pretrain.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "${gpu%%[ ,]*}" "$PRETRAINING_EPOCHS")
   if [[ -n $LAZILY ]] && pretrained; then
     echo "fold $fold, organ $organ: models/pretrained holds an FCN-8s to start from"
     return
   fi
-  [[ -z $PRETRAINED ]] || script "${pretrain[@]}" --convert "$PRETRAINED"
-  if [[ -z $PRETRAINED || $PRETRAINED_FURTHER == 1 ]]; then
+  if [[ -n $PRETRAINED && $PRETRAINED_FURTHER != 1 ]]; then
+    script "${pretrain[@]}" --convert "$PRETRAINED"
+  else
     script "${pretrain[@]}" --width "$PRETRAINING_WIDTH" --learning_rate "$PRETRAINING_LEARNING_RATE" \
       --crop_margin "$TRAINING_MARGIN" --resume --precision "$PRECISION" ${SEED:+--seed "$SEED"} \
-      ${PRETRAINED:+--start "$DATA_PATH/models/pretrained/fcn8s_from_$converted.pth"}
+      ${PRETRAINED:+--convert "$PRETRAINED" --further}
     [[ $RECIPE == fast ]] || echo '# RECIPE=fast trains better masks in less time from this start (docs/training.md)'
   fi
 }

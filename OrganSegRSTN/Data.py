@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from running.data_folder import Slice, read_cases, read_list, slice_list
 from running.files import load_array
 from running.results import Checksums, revision
+from running.weights import seen_cases
 from scans.geometry import axis_codes, geometry_file, known, load_geometry
 from utils import is_organ, to_unit
 
@@ -163,32 +164,30 @@ def place_fact(args, cases):
 
     It is {} where the list of plane X is missing or no case has the organ.
     """
-    path, numbers = Path(args.data_path, 'lists', 'training_X.txt'), {case.number: case for case in cases}
+    path, by_number = slice_list(args.data_path, 'X'), {case.number: case for case in cases}
     if not path.exists():
         return {}
     boxes = {}
     for record in read_slices(path):
         pixels, *ends = record.organs[args.organ_ID - 1]
-        if pixels and record.case in numbers:
+        if pixels and record.case in by_number:
             boxes.setdefault(record.case, []).append((record.index, *ends))
     shares = []
     for number, slices in boxes.items():
         a, b0, b1, c0, c1 = np.transpose(slices)
         box = [a.min(), a.max() + 1, b0.min(), b1.max() + 1, c0.min(), c1.max() + 1]
-        shape = np.load(Path(args.data_path, numbers[number].image_file), mmap_mode='r').shape
+        shape = np.load(Path(args.data_path, by_number[number].image_file), mmap_mode='r').shape
         shares.append(np.divide(box, np.repeat(shape, 2)))
     return {'place': np.median(shares, axis=0).tolist()} if shares else {}
 
 
 def refuse_seen_cases(args, path, origin):
     """Raise ValueError where weights, by their facts, have seen a test case of this fold."""
-    seen = {case.split()[-1] for case in origin.get('cases', ())}
-    for case in image_checksums(args, read_cases(args.data_path, 'testing', args.current_fold)):
-        file, digest = case.split()
-        if digest in seen:
-            raise ValueError(
-                f'{path}: was trained on {file}, a test case of fold {args.current_fold}; run pretrain.py for this fold'
-            )
+    cases = read_cases(args.data_path, 'testing', args.current_fold)
+    for file in seen_cases(origin, image_checksums(args, cases)):
+        raise ValueError(
+            f'{path}: was trained on {file}, a test case of fold {args.current_fold}; run pretrain.py for this fold'
+        )
 
 
 def image_checksums(args, cases):

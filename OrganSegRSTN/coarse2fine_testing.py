@@ -139,7 +139,7 @@ def rounds(args, coarse_volumes, fine, image):
     The rounds after an empty mask are empty. The record is that of volumes.trust.
     """
     masks, watch = [], Watch(args.fine_threshold, args.probe, probe_shift(args.crop_margin))
-    for mask, score in watch.coarse_to_fine(coarse_volumes, fine, image, args.organ_ID):
+    for mask, score in watch.coarse_to_fine(coarse_volumes, fine, image):
         masks.append(mask)
         if finished(masks, args):
             break

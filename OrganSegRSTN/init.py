@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from running.data_folder import (
+    INIT_RECORD,
     PLANES,
     Slice,
     case_names,
@@ -48,7 +49,6 @@ from utils import in_training_set, is_organ
 from volumes.planes import plane_view
 
 SLICES_AT_ONCE = 32  # slices gathered at a time
-RECORD = 'init.json'  # in the data folder: what the lists were made of, and their checksums
 
 
 def main():
@@ -175,7 +175,7 @@ def write_lists(args, lists, inputs):
     """Write the record, then the lists: a run that is cut off leaves a record without its lists."""
     content = {path: ''.join(f'{line}\n' for line in lines).encode() for path, lines in lists.items()}
     written = {path.name: [len(text), hashlib.sha256(text).hexdigest()] for path, text in content.items()}
-    write_json(Path(args.data_path, RECORD), inputs | {'lists': written})
+    write_json(Path(args.data_path, INIT_RECORD), inputs | {'lists': written})
     for path, text in content.items():
         with atomic_write(path) as file:
             file.write(text)
@@ -228,7 +228,7 @@ def describe_inputs(args, names):
 def read_record(data_path):
     """Return the record of the last initialization; {} if there is none that can be read."""
     try:
-        record = read_json(Path(data_path, RECORD))
+        record = read_json(Path(data_path, INIT_RECORD))
     except (FileNotFoundError, ValueError):
         return {}
     return record if isinstance(record.get('lists'), dict) else {}

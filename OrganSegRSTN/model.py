@@ -134,7 +134,7 @@ class RSTN(nn.Module):
     TEST None trains: forward(image, label, mode) -> (coarse probability, fine probability), mode 'S', 'I' or 'J';
     in I and J it returns fine_iterations (the paper's T) fine ones, each made from the one before it.
     TEST 'C', 'O' or 'F' tests: forward -> one probability. All are (N, n_class, A, B); image is (N, 3, A, B).
-    label and mask say where the boxes are: on the CPU, a GPU need not be waited for.
+    Give label and mask on the CPU: their boxes are then found without waiting for a GPU.
     """
 
     def __init__(

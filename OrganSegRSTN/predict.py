@@ -27,6 +27,7 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
 import os
 import re
 import sys
@@ -113,7 +114,7 @@ def parse(argv=None):
     parser.add_argument('--box', nargs=6, type=arguments.whole(0), metavar=('X0', 'X1', 'Y0', 'Y1', 'Z0', 'Z1'),
                         help='box that is round 0: first and last voxels of INPUT')  # fmt: skip
     parser.add_argument('--probe', type=arguments.whole(0, len(PROBES)), default=0, metavar='N',
-                        help='try N other beginnings, as a signal of trust (default 0)')  # fmt: skip
+                        help='also compute round 1 from N other starts, as a signal of trust (default 0)')  # fmt: skip
     parser.add_argument('--explain', metavar='FOLDER', help='draw what saliency and fine network see')
     parser.add_argument('--code', nargs='+', default=[], metavar='ORGAN',
                         help='name or code of the organ in a DICOM mask; with --organs: 3=pancreas')  # fmt: skip
@@ -131,7 +132,7 @@ def parse(argv=None):
 
 
 def orientation(text):
-    """Return the type of --orientation: axis codes, a geometry file, or 'stored'."""
+    """Check the text of --orientation: axis codes, a geometry file, or 'stored'; return it."""
     text = text if text == STORED or text.endswith('.json') else text.upper()
     if not is_orientation(text):
         raise argparse.ArgumentTypeError(f'{text!r} is neither axis codes such as {NIH} nor a .json file')
@@ -151,7 +152,7 @@ def check_outputs(args):
         files += [Path(args.explain, f'{plane}.png') for plane in PLANES]
     if names_a_folder(args):
         if args.probability or args.record:
-            raise ValueError(f'{args.OUTPUT}: of a folder of scans no --probability or --record can be written')
+            raise ValueError(f'{args.OUTPUT}: --probability and --record are for one scan, not for a folder')
         files = [Path(args.OUTPUT, 'scans.csv')]
     elif not (is_nifti_name(args.OUTPUT) or is_dicom_name(args.OUTPUT)):
         raise ValueError(
@@ -171,12 +172,11 @@ def check_outputs(args):
         folder = next(folder for folder in path.absolute().parents if folder.exists())
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ValueError(f'{path}: cannot be written; name a file in a folder that you can write to')
-    inputs = [args.INPUT, *(files if not names_a_folder(args) else [args.OUTPUT])]
-    paths = [os.path.realpath(path) for path in [*inputs, *([args.start] if args.start else [])]]
-    same = any(os.path.exists(path) and os.path.samefile(path, args.INPUT) for path in inputs[1:]
-               if os.path.exists(args.INPUT))  # fmt: skip
-    if same or len(set(paths)) < len(paths):
-        raise ValueError(f'{args.OUTPUT}: INPUT, OUTPUT, --start, --probability and --record must be different files')
+    outputs = [args.OUTPUT] if names_a_folder(args) else files
+    paths = [Path(path) for path in (args.INPUT, args.start, *outputs) if path]
+    for one, two in itertools.combinations(paths, 2):
+        if one.resolve() == two.resolve() or one.exists() and two.exists() and one.samefile(two):
+            raise ValueError(f'{two}: INPUT, OUTPUT, --start, --probability and --record must be different files')
 
 
 class Organ(NamedTuple):
@@ -371,8 +371,8 @@ def predict_one(args, organs, path, stem, how):
         before = former.get('made_with', {})
         if differing := [name for name in sorted(how.keys() | before.keys()) if before.get(name) != how.get(name)]:
             if not args.overwrite:
-                raise ValueError(f'{mask_file}: is there, made otherwise ({", ".join(differing)}); give --overwrite to '
-                                 'replace it, or another OUTPUT')  # fmt: skip
+                raise ValueError(f'{mask_file}: already exists, made with other settings ({", ".join(differing)}); give '
+                                 '--overwrite to replace it, or name another OUTPUT')  # fmt: skip
         elif mask_file.exists():
             return {int(number): record for number, record in former['organs'].items()}, True
     scan = read_input(path, mask_file)

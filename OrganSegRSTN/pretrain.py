@@ -42,10 +42,10 @@ def main():
     args = parse()
     device, _ = start(args)
     if args.convert:
-        source = fetch_vgg16(pretrained_folder(args)) if args.convert == 'vgg16' else args.convert
-        name, state = convert(load_weights(source), source, args.fold_normalization)
-        write(pretrained_folder(args) / name, state)
-        return
+        converted = write_converted(args)
+        if not args.further:
+            return
+        args.start = str(converted)
     path = pretrained_folder(args) / pretrained_name(args)
     run = Run(path.with_suffix('.ckpt'), args, **list_checksums(args, PLANES))
     with locked(path.with_name(f'.{path.stem}.lock'), f'.{path.stem}.*.part'):
@@ -62,10 +62,22 @@ def parse():
                         help='convert these weights; vgg16: download them')  # fmt: skip
     parser.add_argument('--fold_normalization', action='store_true',
                         help="fold the Caffe model's mean and scale into conv1_1")  # fmt: skip
+    parser.add_argument('--further', action='store_true', help='train the converted weights further')
     parser.add_argument('--start', metavar='FILE', help='weights to train further')
     parser.add_argument('--crop_margin', type=arguments.whole(0), default=20, help='as in training.py (default 20)')
     arguments.add_training(parser)
-    return arguments.parse(parser)
+    args = arguments.parse(parser)
+    if args.further and (args.start or not args.convert):
+        parser.error('argument --further: goes with --convert, not with --start')
+    return args
+
+
+def write_converted(args):
+    """Convert the weights of --convert; return the path that they are saved at."""
+    source = fetch_vgg16(pretrained_folder(args)) if args.convert == 'vgg16' else args.convert
+    name, state = convert(load_weights(source), source, args.fold_normalization)
+    write(pretrained_folder(args) / name, state)
+    return pretrained_folder(args) / name
 
 
 def write(path, state):

@@ -91,7 +91,7 @@ def read_arguments():
 
 @contextlib.contextmanager
 def fresh_folder(path):
-    """Return a new folder that replaces `path` when it is complete."""
+    """Yield a new folder that replaces `path` when it is complete."""
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     with locked(path.with_name(f'.{path.name}.lock'), f'.{path.name}.*.part'), errors_naming(path):
         part.mkdir()

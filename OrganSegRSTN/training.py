@@ -147,9 +147,10 @@ def lock(args):
 
 
 def remove_former(args, run):
-    """Remove checkpoint and step snapshots of the training that this one replaces (rank 0 only)."""
+    """Remove checkpoint, log and step snapshots of the training that this one replaces (rank 0 only)."""
     if processes.rank() == 0:
         run.path.unlink(missing_ok=True)
+        run.drop_former_log()
         for path in step_snapshots(args, snapshot_path(args, 'J').name):
             path.unlink()
 

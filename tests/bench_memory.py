@@ -10,7 +10,7 @@ from model import FCN8s
 
 
 def coarse_testing(quick):
-    """Peak (bytes) of coarse testing of all slices of one 512x512x240 case along Z, float32."""
+    """Return peak (bytes) of coarse testing of all slices of one 512x512x240 case along Z, float32."""
     shape, width = ((40, 32, 6), 4) if quick else ((512, 512, 240), 64)
     with tempfile.TemporaryDirectory(prefix='bench_') as folder:
         data = Path(folder)
@@ -22,7 +22,7 @@ def coarse_testing(quick):
 
 
 def training(quick):
-    """Peak (bytes) of training on 96x96 slices, one epoch in each mode, float32."""
+    """Return peak (bytes) of training on 96x96 slices, one epoch in each mode, float32."""
     shape, width = ((24, 24, 8), 4) if quick else ((96, 96, 8), 64)
     with tempfile.TemporaryDirectory(prefix='bench_') as folder:
         data = Path(folder)

@@ -76,7 +76,7 @@ class Worker:
         return list(self.row)
 
     def time(self, work):
-        """Seconds of one work of the row."""
+        """Return the seconds of one work of the row."""
         fresh, work = self.row[work]
         argument = fresh()
         start = time.perf_counter()
@@ -84,7 +84,7 @@ class Worker:
         return time.perf_counter() - start
 
     def operations(self, key):
-        """Floating-point operations of the plain row (2 a multiply-add); 0 where it has no network."""
+        """Return the floating-point operations of the plain row (2 a multiply-add); 0 where it has no network."""
         if not ('fp32' in key or 'bf16' in key):
             return 0
         training, size = key.startswith('training'), self.size.window if key.startswith('coarse') else self.size.crop
@@ -97,7 +97,7 @@ class Worker:
         return counter.get_total_flops() * (2 if training else 1)  # two networks are trained
 
     def product_rates(self, repeats):
-        """{precision: (GFLOP/s, how)}: the fastest of three ways to multiply two large square matrices."""
+        """Return {precision: (GFLOP/s, how)}: the fastest of three ways to multiply two large square matrices."""
         ways = {'matmul': torch.matmul, 'linear': F.linear, 'conv2d 1x1': as_convolution}
         n, rates = self.size.product, {}
         for precision, dtype in (('fp32', torch.float32), ('bf16', torch.bfloat16)):
@@ -111,7 +111,7 @@ class Worker:
 
 
 def as_convolution(a, b):
-    """The product of two square matrices, as oneDNN computes a convolution."""
+    """Return the product of two square matrices, as oneDNN computes a convolution."""
     return F.conv2d(a.t().reshape(1, len(a), -1, 1), b[:, :, None, None])
 
 
@@ -119,7 +119,7 @@ def as_convolution(a, b):
 
 
 def network(TEST, width):
-    """An RSTN with random weights, in the score layers too: from zero, there would be no gradient to pass on."""
+    """Return an RSTN with random weights, in the score layers too: from zero, there would be no gradient to pass on."""
     torch.manual_seed(0)
     net = RSTN(crop_prob=0, TEST=TEST, width=width)
     for name, weight in net.named_parameters():
@@ -129,7 +129,7 @@ def network(TEST, width):
 
 
 def testing_row(fast, size, name, precision):
-    """coarse: a window by the coarse net; fine: a crop, all of it in the box, by saliency and fine net."""
+    """Return a row: a window by the coarse net, or a crop, all of it in the box, by saliency and fine net."""
     net = network({'coarse': 'C', 'fine': 'F'}[name], size.width).eval()
     set_precision(net, precision, store=True)
     n = size.window if name == 'coarse' else size.crop
@@ -141,7 +141,7 @@ def testing_row(fast, size, name, precision):
 
 
 def training_row(fast, size, _, precision):
-    """A step in mode I: coarse, saliency and fine net, both of the whole crop, backward, SGD."""
+    """Return a step in mode I: coarse, saliency and fine net, both of the whole crop, backward, SGD."""
     net = network(None, size.width).train()
     set_precision(net, precision)
     optimizer = make_optimizer(net, '1e-5', '10')
@@ -157,7 +157,7 @@ def training_row(fast, size, _, precision):
 
 
 def body(size):
-    """(image, mask of an organ): a body in air, 0.7 of a slice; the organ's crops along Z are as large as size.crop."""
+    """Return (image, mask of an organ): a body in air, 0.7 of a slice; the organ's crops along Z are as size.crop."""
     axes = np.meshgrid(*[np.arange(n, dtype=np.float32) - n / 2 for n in size.volume], indexing='ij', sparse=True)
     a, b, c = (2 * axis / n for axis, n in zip(axes, size.volume))
     image = np.where((a / 0.95) ** 2 + (b / 0.94) ** 2 + 0 * c < 1, 40, -1000).astype(np.int16)
@@ -172,7 +172,7 @@ def settings():
 
 
 def fine_round_row(fast, size):
-    """Round 1 of coarse to fine with one tester, along Z: some 14 windows of size.crop in a whole scan."""
+    """Return the row of round 1 of coarse to fine with one tester, along Z: some 14 windows of size.crop in a whole scan."""
     image, mask = body(size)
     tester = PlaneTester('Z', [None], 'F', settings())
     tester.net = network('F', size.width).eval()
@@ -180,7 +180,7 @@ def fine_round_row(fast, size):
         tester = SimpleNamespace(predict=partial(plain_volume, tester.net, 'Z'))
 
     def round_0():
-        rounds = coarse_to_fine([mask * np.uint8(200)] * 3, [tester], image, 0.5, 1)
+        rounds = coarse_to_fine([mask * np.uint8(200)] * 3, [tester], image, 0.5)
         return rounds, *next(rounds)
 
     if fast:
@@ -189,14 +189,14 @@ def fine_round_row(fast, size):
 
 
 def plain_round(tester, image, mask, score):
-    """A round on the whole scan."""
+    """Return a round on the whole scan."""
     score = tester.predict(image, score=score, mask=mask) / np.float32(1)
     mask = (score >= 0.5).astype(np.uint8)
     return post_processing(mask, mask.copy(), 0.5, 1), score
 
 
 def coarse_case_row(fast, size):
-    """Coarse testing along Z of six slices of a scan with a body and air, to bytes."""
+    """Return the row of coarse testing along Z of six slices of a scan with a body and air, to bytes."""
     image = np.ascontiguousarray(body(size)[0][:, :, 2:8])
     net = network('C', size.width).eval()
     if fast:
@@ -206,7 +206,7 @@ def coarse_case_row(fast, size):
 
 @torch.no_grad()
 def plain_volume(net, plane, image, **volumes):
-    """Window by window, each three slices of the whole scan, added and averaged in numpy."""
+    """Test window by window, each three slices of the whole scan, added and averaged in numpy."""
     views = {name: plane_view(volume, plane) for name, volume in volumes.items()}
     unit, total = plane_view(image, plane), np.zeros(image.shape, np.float32)
     sums, slices = plane_view(total, plane), image.shape['XYZ'.index(plane)]
@@ -227,7 +227,7 @@ def plain_volume(net, plane, image, **volumes):
 
 
 def init_row(fast, size, *_):
-    """Slices of one case along three planes, and what the lists say of each."""
+    """Return slices of one case along three planes, and what the lists say of each."""
     folder = tempfile.TemporaryDirectory(prefix='bench_')  # removed with the row
     data = Path(folder.name)
     image = np.random.default_rng(0).normal(0, 200, size.volume).astype(np.int16)
@@ -250,14 +250,14 @@ def init_row(fast, size, *_):
 
 
 def fast_init(data):
-    """init.py's work on a case."""
+    """Return init.py's work on a case."""
     args = SimpleNamespace(data_path=data, organ_number=1, low_range=-100, high_range=240)
     with ThreadPoolExecutor(os.cpu_count()) as writers:
         return init.initialize_case(args, 0, '0001', writers)
 
 
 def plain_init(data, measured):
-    """The published order of things: a loop of slices with np.save; measured: and each slice's list entries."""
+    """Return the published order of things: a loop of slices with np.save; measured: and each slice's list entries."""
     image, label = (np.load(data / kind / '0001.npy') for kind in ('images', 'labels'))
     entries = []
     for plane in 'XYZ':
@@ -279,7 +279,7 @@ def plain_init(data, measured):
 
 
 def cases(size):
-    """SWIG_fast_functions/test.py as a module, making volumes of this size."""
+    """Return SWIG_fast_functions/test.py as a module, making volumes of this size."""
     spec = importlib.util.spec_from_file_location('swig_test', REPO / 'SWIG_fast_functions' / 'test.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -288,14 +288,14 @@ def cases(size):
 
 
 def voxel_row(fast, size, key):
-    """dsc, post_processing_organ or post_processing_blobs."""
+    """Return the row dsc, post_processing_organ or post_processing_blobs."""
     made, rng = cases(size), np.random.default_rng(0)
     volume = made.blob_volume(rng) if key.endswith('blobs') else made.organ_volume(rng)
     return dice_row(fast, volume.astype(bool)) if key == 'dsc' else post_processing_row(fast, volume, made)
 
 
 def dice_row(fast, label):
-    """Counts of a label and of a prediction that lies a little beside it, both bool."""
+    """Return the counts of a label and of a prediction that lies a little beside it, both bool."""
     pred = np.roll(label, 5, axis=0)
     if fast:
         return {'fast_functions': (lambda: None, lambda _: DSC_computation(label, pred))}
@@ -306,7 +306,7 @@ def dice_row(fast, label):
 
 
 def post_processing_row(fast, volume, made):
-    """The components of at least half the largest one's size, of a fresh copy each time."""
+    """Return the components of at least half the largest one's size, of a fresh copy each time."""
     if fast:
         return {'fast_functions': (volume.copy, lambda mask: post_processing(mask, volume, 0.5, 1))}
     row = {'scipy': (volume.copy, lambda mask: _post_processing_scipy(mask, volume, 0.5))}

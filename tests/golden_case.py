@@ -27,14 +27,14 @@ def write_volumes(data):
 
 
 def weights():
-    """The state dict of the full-width RSTN of seed 7."""
+    """Return the state dict of the full-width RSTN of seed 7."""
     with torch.device('meta'):
         shapes = {key: tensor.shape for key, tensor in RSTN().state_dict().items()}
     return {key: torch.from_numpy(array) for key, array in recipe.weights(shapes, 7).items()}
 
 
 def write_snapshots(data, legacy=''):
-    """The weights under the names of the three planes' J snapshots; `legacy`: planes in PyTorch 0.4's file format."""
+    """Write the weights under the names of the three planes' J snapshots; `legacy`: planes in PyTorch 0.4's file format."""
     folder = data / 'models' / 'snapshots' / 'SIJ_training_1e-5x10,20'
     folder.mkdir(parents=True, exist_ok=True)
     state, written = weights(), {}

@@ -197,7 +197,7 @@ def rounds_of(args, precision='fp32', device=None, rounds=2):
     image, _ = case(1)
     coarse = [to_bytes(tester.predict(image)) for tester in testers(args, 'C', precision, device)]
     masks = []
-    for mask, _ in coarse_to_fine(coarse, testers(args, 'F', precision, device), image, 0.5, 1):
+    for mask, _ in coarse_to_fine(coarse, testers(args, 'F', precision, device), image, 0.5):
         masks.append(mask)
         if len(masks) > rounds:
             break
@@ -221,7 +221,7 @@ def expected_rounds(args):
 
 @contextlib.contextmanager
 def plain():
-    """Return the FCN-8s without the ring."""
+    """Compute the FCN-8s without the ring during the block."""
     pays, several = ring.pays, FCN8s.several
     ring.pays = lambda *_: False
     FCN8s.several = lambda self, images: [self(image[None])[0] for image in images]
@@ -348,7 +348,7 @@ def times(args):
         coarse, fine = [mask * np.uint8(200)] * 3, testers(args, 'F', precision)
 
         def a_round(coarse=coarse, fine=fine):
-            rounds = coarse_to_fine(coarse, fine, image, 0.5, 1)
+            rounds = coarse_to_fine(coarse, fine, image, 0.5)
             return next(rounds), next(rounds)
 
         round_0 = seconds_of(args, lambda c=coarse: coarse_probability(c) >= 0.5, 1)
@@ -402,7 +402,7 @@ def memory(args):
 
 @contextlib.contextmanager
 def training_folder(args):
-    """Return (data folder, arguments of training.py in a narrow network on tiny cases)."""
+    """Yield (data folder, arguments of training.py in a narrow network on tiny cases)."""
     with tempfile.TemporaryDirectory(prefix='gpu_') as folder:
         data = Path(folder)
         process_memory.write_cases(data, [(40, 36, 10)] * 4)

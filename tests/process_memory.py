@@ -51,7 +51,7 @@ def run(script, *args, watch=lambda pid: None):
 
 
 def held_memory(pid, what):
-    """Resident memory of a process in bytes: `VmRSS` now, `VmHWM` at most so far; 0 where it has just ended."""
+    """Return the resident memory of a process in bytes: `VmRSS` now, `VmHWM` at most so far; 0 where it has just ended."""
     try:
         found = re.search(rf'{what}:\s+(\d+) kB', Path(f'/proc/{pid}/status').read_text())
     except OSError:
@@ -68,7 +68,7 @@ def write_cases(data, shapes):
 
 
 def write_snapshots(data, width):
-    """One snapshot under the names of the three planes: the golden recipe's, which segments bright organs untrained."""
+    """Write one snapshot under three planes' names: the golden recipe's, which segments bright organs untrained."""
     with torch.device('meta'):
         shapes = {key: tensor.shape for key, tensor in RSTN(width=width).state_dict().items()}
     folder = data / SNAPSHOTS
@@ -80,12 +80,12 @@ def write_snapshots(data, width):
 
 
 def testing_args(data, plane):
-    """Positionals of coarse_testing.py."""
+    """Return the positionals of coarse_testing.py."""
     return [data, *BEGIN, plane, 'cpu', *RATES, 0.5, 1, *EPOCHS, '_']
 
 
 def stages(data, rounds):
-    """(name, script, arguments, files) from init to coarse-to-fine, all cases being test cases of the one fold.
+    """Return (name, script, arguments, files) from init to coarse-to-fine, all cases being test cases of the one fold.
 
     files: a pattern that finds one path in the data folder for each case that is done.
     """

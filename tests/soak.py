@@ -41,7 +41,7 @@ def main():
 
 
 def soak(cases):
-    """{stage: figures} of so many cases."""
+    """Return {stage: figures} of so many cases."""
     os.environ['THP_MEM_ALLOC_ENABLE'] = '0'  # huge pages would make steps of 2 MB
     found = {}
     with tempfile.TemporaryDirectory(prefix='soak_') as folder:
@@ -73,7 +73,7 @@ class Looks:
 
 
 def growth(stage, seen, cases):
-    """Least memory and open files in the second and the last quarter of the cases, and whether they grow."""
+    """Return the least memory and open files in the second and the last quarter of the cases, and whether they grow."""
     quarters = [quarter(seen, cases * start, cases * (start + 0.25)) for start in (0.25, 0.75)]
     memory = [min(memory for memory, _ in looks) for looks in quarters]
     files = [min(opened for _, opened in looks) for looks in quarters]
@@ -83,7 +83,7 @@ def growth(stage, seen, cases):
 
 
 def quarter(seen, start, end):
-    """The looks at start <= cases done < end; where a fast stage went unseen, the nearest one."""
+    """Return the looks at start <= cases done < end; where a fast stage went unseen, the nearest one."""
     within = [seen[done] for done in seen if start <= done < end]
     return within or [seen[min(seen, key=lambda done: abs(done - (start + end) / 2))]]
 

@@ -152,7 +152,7 @@ def test_fusion_of_literal_bytes(engine):
     y = np.array([[[255, 0, 128, 255, 0, 0, 100, 0, 0, 0]]], np.uint8)
     z = np.array([[[255, 0, 127, 0, 127, 128, 183, 0, 0, 0]]], np.uint8)
     # sums of bytes: 765 127 383 510 127 128 383 0 0 255; a vote is at least 127.5, 382.5, 637.5
-    masks = fusion.fusion_masks([x, y, z], 0.5, 1)
+    masks = fusion.fusion_masks([x, y, z], 0.5)
     assert list(masks) == ['X', 'Y', 'Z', 'F1', 'F2', 'F3', 'F1P', 'F2P', 'F3P']
     expected = {
         'X': '#.##.....#',
@@ -171,7 +171,7 @@ def test_fusion_of_literal_bytes(engine):
 
 def test_the_planes_own_masks_obey_the_threshold_and_the_votes_do_not():
     volume = np.array([[[0, 60, 130, 200, 255, 0, 0]]], np.uint8)
-    masks = fusion.fusion_masks([volume, volume, volume], 0.75, 1)
+    masks = fusion.fusion_masks([volume, volume, volume], 0.75)
     np.testing.assert_array_equal(masks['X'], line('...##..'))
     np.testing.assert_array_equal(masks['F2'], line('..###..'))
 
@@ -179,14 +179,14 @@ def test_the_planes_own_masks_obey_the_threshold_and_the_votes_do_not():
 def test_small_components_leave_the_post_processed_votes_only():
     volume = np.zeros((1, 1, 20), np.uint8)
     volume[0, 0, [0, 1, 2, 3, 8]] = 255
-    masks = fusion.fusion_masks([volume] * 3, 0.5, 1)
+    masks = fusion.fusion_masks([volume] * 3, 0.5)
     for name in ('F1', 'F2', 'F3'):
         assert masks[name].sum() == 5
         np.testing.assert_array_equal(masks[f'{name}P'], line('####' + '.' * 16))
 
 
 def test_nothing_anywhere_fuses_to_nothing(engine):
-    masks = fusion.fusion_masks([np.zeros((2, 3, 4), np.uint8)] * 3, 0.5, 1)
+    masks = fusion.fusion_masks([np.zeros((2, 3, 4), np.uint8)] * 3, 0.5)
     assert not any(mask.any() for mask in masks.values())
 
 

@@ -287,6 +287,19 @@ def test_three_planes_without_timestamps_are_of_one_training(tmp_path, capsys):
     assert find_snapshots(args) == [names[old][0], *names[new][1:]], 'each is named: as asked'
 
 
+def test_a_timestamp_of_one_plane_goes_with_snapshots_without_one(tmp_path):
+    args, time = (
+        settings(tmp_path, timestamp1_X='20261101_000000', timestamp1_Y='_', timestamp1_Z='_'),
+        '20261101_000000',
+    )
+    names = [f'FD0:XJ3_1_{time}.pkl', 'FD0:YJ3_1.pkl', 'FD0:ZJ3_1.pkl']
+    save_empty(snapshot_folder(args), *names)
+    assert find_snapshots(args) == names
+    whole = [f'FD0:{plane}J3_1_{time}.pkl' for plane in 'XYZ']
+    save_empty(snapshot_folder(args), *whole)
+    assert find_snapshots(args) == whole, 'of one training where there is one'
+
+
 def test_planes_that_no_training_has_in_common_are_an_error(tmp_path):
     args = settings(tmp_path, timestamp1_X='_', timestamp1_Y='_', timestamp1_Z='_')
     save_empty(snapshot_folder(args), 'FD0:XJ3_1.pkl', 'FD0:YJ3_1_20261101_000000.pkl', 'FD0:ZJ3_1.pkl')

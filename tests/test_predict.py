@@ -582,9 +582,12 @@ def test_the_record_holds_the_signals_and_the_predicted_DSC(scan, snapshots, tmp
     assert record['signals']['probes'] == [pytest.approx(1, abs=0.5)] and record['start'] == 'coarse'
     planes = record['signals']['rounds'][-1]['planes']
     cases = {str(i): ({'planes': planes + (i - 2.5) / 100}, 0.9 - i / 20) for i in range(6)}
-    known = {'snapshots': [checksum(path) for path in snapshots]}
+    known = {'snapshots': [checksum(path) for path in snapshots],
+             'settings': [{'threshold': 0.5, 'stop_DSC': 0.99, 'rounds': 1}]}  # fmt: skip
     write_json(file, calibrate(cases) | known)
     try:
+        predicted(scan, tmp_path / 'mask.nii', *snapshots, '--threshold', 0.4)
+        assert 'no predicted DSC' in (said := capsys.readouterr().out) and 'end in another way (--threshold' in said
         predicted(scan, tmp_path / 'mask.nii', *snapshots, '--record', tmp_path / 'record.json')
     finally:
         file.unlink()

@@ -233,6 +233,18 @@ def test_converted_weights_are_trained_on_the_fold(started, call):
     assert (weights['conv1_1.weight'] - network.conv1_1.weight).abs().max() < 0.1
 
 
+def test_converted_weights_are_trained_further_whatever_their_file_is_called(data, monkeypatch):
+    path = data / 'caffe_or_not.pth'
+    torch.save({}, path)
+    state = {key: value for key, value in FCN8s(3, width=5).state_dict().items() if 'score' not in key}
+    monkeypatch.setattr(pretrain, 'convert', lambda *args: ('fcn8s_from_vgg16.pth', state))
+    monkeypatch.setattr(
+        sys, 'argv', ['pretrain.py', *map(str, pretrain_args(data)), '--convert', str(path), '--further']
+    )
+    pretrain.main()
+    assert len(load_weights(data / 'models/pretrained/fcn8s_FD0_1.pth')['conv1_1.weight']) == 5
+
+
 def test_layers_of_unit_variance():
     torch.manual_seed(1)
     network = FCN8s(3, width=4)

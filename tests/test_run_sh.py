@@ -579,14 +579,16 @@ def test_weights_from_outside_recipe_steps_and_averages_reach_the_scripts(tmp_pa
     done = run_sh(**flags)
     assert done.returncode == 0, done.stderr
     found = [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith('#')]
-    convert, further, training, coarse, coarse2fine = (' '.join(words) for words in found)
+    further, training, coarse, coarse2fine = (' '.join(words) for words in found)
     folder = tmp_path / 'models/pretrained'
-    assert convert.endswith('--convert vgg16') and further.endswith(f'--start {folder}/fcn8s_from_vgg16.pth')
+    assert further.endswith('--convert vgg16 --further')
     folder.mkdir(parents=True)
     (folder / 'fcn8s_from_vgg16.pth').touch()
     (tmp_path / 'images').mkdir()
     lazy = run_sh(**flags | {'LAZY_MODE': 1}).stdout
-    assert len(re.findall('--start .*vgg16.pth', lazy)) == 1, 'trained further, though the converted weights are there'
+    assert len(re.findall('--convert vgg16 --further', lazy)) == 1, (
+        'trained further, though the converted weights are there'
+    )
     for words in (
         '--recipe fast',
         f'--pretrained {folder}/fcn8s_FD0_1.pth',

@@ -212,9 +212,10 @@ def test_of_a_folder_the_newest_whole_training_of_each_fold_is_taken(tmp_path):
     save_organs(tmp_path, 1, fold=1, stamp='_20260101_000000')
     save_organs(tmp_path, 2)
     save_organs(tmp_path, 2, stamp='_20260101_000000')
+    save_organs(tmp_path, 3, stamp='_my-own-training')  # any 15 characters are a timestamp
     names = {tuple(path.name for path in paths) for paths in folder_snapshots(tmp_path)}
     assert names == {(f'FD0:{plane}J3_1_20260202_000000.pkl', f'FD1:{plane}J3_1_20260101_000000.pkl')
-                     for plane in 'XYZ'} | {(f'FD0:{plane}J3_2.pkl',) for plane in 'XYZ'}  # fmt: skip
+                     for plane in 'XYZ'} | {(f'FD0:{plane}J3_{organ}.pkl',) for plane in 'XYZ' for organ in ('2', '3_my-own-training')}  # fmt: skip
 
 
 def test_organs_that_cannot_be_told_apart_or_lack_a_plane_are_refused(tmp_path):
@@ -226,7 +227,7 @@ def test_organs_that_cannot_be_told_apart_or_lack_a_plane_are_refused(tmp_path):
     (other / 'FD0:XJ3_1.pkl').rename(tmp_path / 'x.pkl')
     with pytest.raises(ValueError, match='neither it nor its name says'):
         organ_snapshots([str(tmp_path / 'x.pkl')])
-    with pytest.raises(ValueError, match='no training of all three planes of organ 1, FD0'):
+    with pytest.raises(ValueError, match='no training of all three planes of organ 1, fold 0'):
         organ_snapshots([str(other)])
     (tmp_path / 'none').mkdir()
     with pytest.raises(FileNotFoundError, match='no snapshots of mode J'):
@@ -293,19 +294,19 @@ def test_masks_of_other_settings_scans_or_makers_are_never_taken_for_done(scans,
     done = predict(call, scans, out, *snapshots)
     assert done.code == 1 and (out / 'anna.nii.gz').read_bytes() == before
     assert [line.split(':')[0] for line in done.err.splitlines()] == ['2 of 3 scans failed', 'anna', 'bert']
-    assert 'is there, made otherwise (' in done.err and '--overwrite' in done.err
+    assert 'already exists, made with other settings (' in done.err and '--overwrite' in done.err
     assert (out / 'bert.json').read_text() == '{"mine": 1}'
     (out / 'bert.json').write_text('not JSON')
-    assert 'bert.nii.gz: is there, made otherwise' in predict(call, scans, out, *snapshots).err
+    assert 'bert.nii.gz: already exists, made with other settings' in predict(call, scans, out, *snapshots).err
 
     assert predict(call, scans, out, *snapshots, '--overwrite').code == 0
     assert predict(call, scans, out, *snapshots).out.count('(done before)') == 3
     other = predict(call, scans, out, *snapshots, '--threshold', 0.4)
-    assert other.code == 1 and other.err.count('made otherwise (threshold)') == 3
-    assert predict(call, scans, out, *snapshots, '--probe', 1).err.count('made otherwise (probe)') == 3
+    assert other.code == 1 and other.err.count('made with other settings (threshold)') == 3
+    assert predict(call, scans, out, *snapshots, '--probe', 1).err.count('made with other settings (probe)') == 3
     write(scans / 'bert.nii', make_scan(2)[0])
     changed = predict(call, scans, out, *snapshots)
-    assert changed.code == 1 and 'bert.nii.gz: is there, made otherwise (scan)' in changed.err
+    assert changed.code == 1 and 'bert.nii.gz: already exists, made with other settings (scan)' in changed.err
 
 
 def test_the_table_has_a_column_for_each_figure_of_trust_that_a_record_holds(tmp_path):
@@ -323,7 +324,7 @@ def test_the_table_has_a_column_for_each_figure_of_trust_that_a_record_holds(tmp
 def test_folders_that_cannot_be_meant_are_refused(scans, snapshots, tmp_path, call):
     for arguments, words in (
         ((scans, scans), 'must be different files'),
-        ((scans, tmp_path / 'out', '--probability', tmp_path / 'p.nii'), 'no --probability or --record'),
+        ((scans, tmp_path / 'out', '--probability', tmp_path / 'p.nii'), '--probability and --record are for one scan'),
         ((tmp_path / 'none', tmp_path / 'out'), '.nii.gz or .nii'),
         ((scans, tmp_path / 'out.mha'), '.nii.gz or .nii'),
     ):

@@ -345,7 +345,7 @@ def in_bytes(*values):
 
 def test_round_0_is_the_sum_of_the_coarse_bytes_over_765():
     volumes = [in_bytes(255, 128, 1), in_bytes(255, 127, 0), in_bytes(255, 128, 0)]
-    mask, score = next(coarse_to_fine(volumes, [], None, 0.5, 1))
+    mask, score = next(coarse_to_fine(volumes, [], None, 0.5))
     assert score.dtype == np.float32
     assert score.ravel().tolist() == [1, np.float32(383) / np.float32(765), np.float32(1) / np.float32(765)]
     assert mask.ravel().tolist() == [1, 1, 0]
@@ -356,7 +356,7 @@ def test_a_round_is_seen_with_the_mean_score_and_the_processed_mask_of_the_one_b
     y = Says(one_row(0.6, 0.9, 0, 0, 0, 0, 0.6, 0, 0), one_row(*[0] * 9))
     z = Says(one_row(0.3, 0.0, 0, 0, 0, 0, 0.6, 0, 0), one_row(*[0] * 9))
     coarse = [in_bytes(*[200] * 9)] * 3
-    rounds = list(coarse_to_fine(coarse, [x, y, z], coarse[0], 0.5, 1))
+    rounds = list(coarse_to_fine(coarse, [x, y, z], coarse[0], 0.5))
     assert [mask.ravel().tolist() for mask, _ in rounds] == [
         [1] * 9,
         [1, 1, 0, 0, 0, 0, 1, 0, 0],
@@ -372,13 +372,13 @@ def test_a_round_is_seen_with_the_mean_score_and_the_processed_mask_of_the_one_b
 def test_small_components_are_removed_from_every_fine_round_but_not_from_round_0():
     says = Says(one_row(1, 1, 1, 0, 1, 0, 0, 0, 0, 0))
     coarse = [in_bytes(255, 255, 255, 0, 255, 0, 0, 0, 0, 0)] * 3
-    (first, _), (second, _) = itertools.islice(coarse_to_fine(coarse, [says], coarse[0], 0.5, 1), 2)
+    (first, _), (second, _) = itertools.islice(coarse_to_fine(coarse, [says], coarse[0], 0.5), 2)
     assert first.ravel().tolist() == [1, 1, 1, 0, 1, 0, 0, 0, 0, 0]
     assert second.ravel().tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_an_empty_round_0_has_no_fine_rounds():
-    assert len(list(coarse_to_fine([in_bytes(25)] * 3, [Says()], None, 0.5, 1))) == 1
+    assert len(list(coarse_to_fine([in_bytes(25)] * 3, [Says()], None, 0.5))) == 1
 
 
 def test_coarse_to_fine_lines_volumes_and_their_reuse(tested, call):

@@ -261,6 +261,28 @@ def test_a_start_that_is_not_there_costs_nothing_of_the_former_training(trained,
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+def test_a_training_that_fails_at_its_start_keeps_the_former_log_and_one_that_starts_replaces_it(trained, data, call):
+    for folder in ('models', 'logs'):
+        shutil.copytree(trained.data / folder, data / folder)
+    log, other = data / 'logs/FD0:Z3_1.txt', data / 'other.pth'
+    former = log.read_text()
+    torch.save({'weight': torch.ones(1)}, other)
+    args = training_args(data, epochs=EPOCHS)
+    done = call('training.py', *args, '--pretrained', other)
+    assert done.code == 1 and 'other.pth: not an FCN-8s' in done.err
+    assert log.read_text().startswith(former) and 'ended by ValueError' in log.read_text()
+    assert call('training.py', *args).code == 0
+    again = log.read_text()
+    assert again.startswith('device: ') and again.count('end of 0ZJ training stage!') == 1 and 'ended by' not in again
+
+
+def test_testing_warns_of_a_case_that_the_snapshot_was_trained_on(trained, data, call):
+    shutil.copytree(trained.data / 'models', data / 'models')
+    (data / 'lists/testing_FD0.txt').write_text('2 images/0003.npy labels/0003.npy\n')
+    done = call('coarse_testing.py', *training_args(data, epochs=EPOCHS))
+    assert done.code == 0 and 'FD0:ZJ3_1.pkl: was trained on images/0003.npy, a test case of this fold' in done.out
+
+
 def test_a_case_under_another_number_is_refused(trained, data, call):
     path = data / 'lists/training_FD0.txt'
     path.write_text('3 images/0003.npy labels/0003.npy\n')

@@ -39,6 +39,7 @@ from volumes.trust import (
     soft_DSC,
 )
 
+END = {'threshold': 0.5, 'stop_DSC': 0.99, 'rounds': 10}  # of the rounds
 FINE = 'results/coarse2fine_testing_1e-5x10,4/FD0:XJ3_1,YJ3_1,ZJ3_1:e1111_0.5_0.5,2'
 
 
@@ -95,7 +96,7 @@ def test_the_record_of_the_rounds_and_the_same_rounds():
     fine = [Says(0.9, 0.9, 0.1, 0), Says(0.9, 0.2, 0.1, 0), Says(0.9, 0.9, 0.1, 0)]
     coarse = [row(255, 255, 255, 0, kind=np.uint8)] * 2 + [row(255, 255, 0, 0, kind=np.uint8)]
     watch = Watch(0.5, probes=3)
-    rounds = watch.coarse_to_fine(coarse, fine, row(0, 0, 0, 0), organ_ID=1)
+    rounds = watch.coarse_to_fine(coarse, fine, row(0, 0, 0, 0))
     masks = [mask.ravel().tolist() for mask, _ in (next(rounds), next(rounds), next(rounds))]
     assert masks == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]]
     first, second, third = (record := watch.record())['rounds']
@@ -113,7 +114,7 @@ def test_another_start_is_round_0():
     (mask, score), (after, _) = (
         pair
         for pair, _ in zip(
-            watch.coarse_to_fine([row(0, 0, 0, 0, kind=np.uint8)] * 3, [Says(1, 1, 0, 0)], row(0, 0, 0, 0), 1, start),
+            watch.coarse_to_fine([row(0, 0, 0, 0, kind=np.uint8)] * 3, [Says(1, 1, 0, 0)], row(0, 0, 0, 0), start),
             'ab',
         )
     )
@@ -141,7 +142,7 @@ def test_several_snapshots_give_their_mean_and_their_disagreement():
 def test_a_start_is_widened_or_shifted_and_what_leaves_is_lost():
     mask = np.zeros((3, 4, 5), np.uint8)
     mask[1, 1, 1] = 1
-    widened, *moved = other_starts(mask, 1)
+    widened, *moved = other_starts(mask, 1, 7)
     assert widened.sum() == 7 and [tuple(map(int, np.argwhere(m)[0])) for m in moved] == [
         (2, 1, 1), (0, 1, 1), (1, 2, 1), (1, 0, 1), (1, 1, 2), (1, 1, 0)
     ]  # fmt: skip
@@ -277,16 +278,17 @@ def test_a_low_or_strange_prediction_asks_to_look_at_the_scan():
 def test_the_line_of_a_new_scan(tmp_path, capsys):
     record = {'rounds': [{'voxels': 9, 'planes': 0.5}, {'voxels': 9, 'planes': 0.31, 'inter_iteration': 0.9}]}
     path = calibration_file(tmp_path, 3, 1)
-    assert print_trust(record, path, ['a']) == {}
+    assert print_trust(record, path, list, {}) == {}
     assert capsys.readouterr().out.startswith(f'planes disagree on 31 %; no predicted DSC: report.py writes {path}')
-    write_json(path, calibrate(made_cases(8)) | {'snapshots': ['a', 'b']})
-    figures = print_trust(record, path, ['a'])
+    settings, of_a, found = {'threshold': 0.5, 'stop_DSC': 0.99}, lambda: ['a'], {'snapshots': ['a', 'b']}
+    write_json(path, calibrate(made_cases(8)) | found | {'settings': [settings | {'rounds': 1}]})
+    figures = print_trust(record, path, of_a, settings)
     line = 'predicted DSC {predicted_DSC:.2f} ({low:.2f} to {high:.2f}); planes disagree on 31 %: look at this scan\n'
     assert capsys.readouterr().out == line.format(**figures) and figures['look_at_this_scan']
-    assert print_trust(record, path, ['a', 'c']) == {}
+    assert print_trust(record, path, lambda: ['a', 'c'], settings) == {}
     assert f'no predicted DSC: {path} is of other snapshots' in capsys.readouterr().out
     record['rounds'][-1]['planes'] = 0.9999
-    assert print_trust(record, path, ['a']) == {
+    assert print_trust(record, path, of_a, settings) == {
         'predicted_DSC': None,
         'low': None,
         'high': None,
@@ -295,12 +297,15 @@ def test_the_line_of_a_new_scan(tmp_path, capsys):
     assert capsys.readouterr().out == (
         'no predicted DSC, its signals are unlike those of the test cases; planes disagree on 100 %: look at this scan\n'
     )
-    assert print_trust({'rounds': record['rounds'][:1]}, path, ['a']) == {}
+    assert print_trust({'rounds': record['rounds'][:1]}, path, of_a, settings) == {}
     assert capsys.readouterr().out == 'planes disagree on 50 %; no predicted DSC without a fine round\n'
-    assert print_trust(record, path, ['a'], 'given') == {}
+    write_json(path, read_calibration(path) | {'settings': [settings | {'rounds': 2}]})
+    assert print_trust(record, path, of_a, settings) == {}
+    assert 'end in another way' in capsys.readouterr().out, 'one round, though two were allowed, and no agreement'
+    assert print_trust(record, path, of_a, settings, 'given') == {}
     assert 'no predicted DSC: round 0 is not that of the coarse networks' in capsys.readouterr().out
-    assert print_trust({'rounds': [{'voxels': 9, 'planes': None}]}, path, ['a'], 'given') == {}
-    assert print_trust({'rounds': [{'voxels': 0}]}, path, ['a']) == {} and capsys.readouterr().out == ''
+    assert print_trust({'rounds': [{'voxels': 9, 'planes': None}]}, path, of_a, settings, 'given') == {}
+    assert print_trust({'rounds': [{'voxels': 0}]}, path, of_a, settings) == {} and capsys.readouterr().out == ''
 
 
 def test_the_inter_iteration_DSC_is_used_only_without_the_DSC_with_round_0():
@@ -308,10 +313,11 @@ def test_the_inter_iteration_DSC_is_used_only_without_the_DSC_with_round_0():
     assert calibrate(cases)['signals'] == ['from_start', 'planes']
 
 
-@pytest.mark.parametrize('change', [{'table': [[1]]}, {'DSC': 3}, {'signals': ['size']}, {'left_out': [math.nan] * 8}])
+@pytest.mark.parametrize('change', [{'table': [[1]]}, {'DSC': 3}, {'signals': ['size']}, {'left_out': [math.nan] * 8},
+                                    {'settings': [{'threshold': 0.5}]}])  # fmt: skip
 def test_a_damaged_calibration_is_one_line(tmp_path, change):
     path = calibration_file(tmp_path, 3, 1)
-    write_json(path, calibrate(made_cases(8)) | change)
+    write_json(path, calibrate(made_cases(8)) | {'settings': [END]} | change)
     with pytest.raises(ValueError, match=f'{path}: not a calibration; run report.py again'):
         read_calibration(path)
 
@@ -354,6 +360,7 @@ def test_the_report_predicts_and_saves_its_calibration(tmp_path, call, count):
         assert trust['calibration'] is None and 'no predicted DSC from fewer than 6' in page
         return
     assert trust['rank_correlation'] > 0.9 and len(trust['signals']) == 8
+    assert read_calibration(path)['settings'] == [{'threshold': 0.5, 'stop_DSC': 0.99, 'rounds': 1}]
     assert trust['signals'][0]['predicted'] == read_calibration(path)['left_out'][0]
     assert 'would have caught case 1 of fold 0' in page and (data / 'report/charts/run0_trust.svg').exists()
 

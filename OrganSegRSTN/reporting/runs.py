@@ -38,9 +38,8 @@ class RunReport:
             self.source.notice(
                 f'no geometry of {len(in_voxels)} of {len(cases)} cases, measured in voxels: {", ".join(in_voxels)}'
             )
-        for case in sorted((case for case in cases if case['rounds']), key=lambda case: case['DSC'])[
-            : self.args.explain
-        ]:
+        scored = [case for case in cases if case['rounds'] and not math.isnan(case['DSC'])]
+        for case in sorted(scored, key=lambda case: case['DSC'])[: self.args.explain]:
             case['seen'] = self.source.attempt(self.seen, case) or []
         rows = [self.row(key, values) for key, values in self.table.items()]
         shown = [case for case in cases if case['result'] == headline]
@@ -146,6 +145,7 @@ class RunReport:
         shown = {'signals': signals, 'counted': len(cases), 'calibration': calibration}
         if calibration:
             calibration['snapshots'] = sorted({one for folder in folders.values() for one in folder.snapshots()})
+            calibration['settings'] = [folder.end_of_rounds() for folder in folders.values()]
             predicted = dict(zip(calibration['cases'], calibration['left_out']))
             for case in signals:
                 case['predicted'] = predicted.get(case['case'])

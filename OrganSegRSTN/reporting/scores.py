@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reporting.data import text_lines
-from running.data_folder import PLANES
+from running.data_folder import PLANES, SNAPSHOT_PARTS
 from running.files import read_json, read_volume
 from running.results import read_settings
 from utils import Dice
@@ -20,9 +20,11 @@ MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowE
 # names of result folders, as running.data_folder and the stages make them
 _PLANE = re.compile(r'FD(?P<fold>\d+):(?P<snapshots>[XYZ]J.+)')
 _FUSION = re.compile(r'FD(?P<fold>\d+):fusion:(?P<snapshots>.+)_(?P<epoch>e\d+),[^,]+')
-_ROUNDS = re.compile(r'FD(?P<fold>\d+):(?P<snapshots>X.+,Z[^:]+):(?P<epoch>e\d+)_[^_]+_[^_]+,\d+')
+_ROUNDS = re.compile(
+    r'FD(?P<fold>\d+):(?P<snapshots>X.+,Z[^:]+):(?P<epoch>e\d+)_[^_]+_(?P<threshold>[^_]+),(?P<rounds>\d+)'
+)
 NAMES = {'coarse': _PLANE, 'oracle': _PLANE, 'coarse_fusion': _FUSION, 'oracle_fusion': _FUSION, 'coarse2fine': _ROUNDS}
-SNAPSHOT = re.compile(r'(?P<plane>[XYZ])J(?P<thickness>\d+)_(?P<organ>\d+)(?:_.{15})?(?:\.pkl)?')
+SNAPSHOT = re.compile(SNAPSHOT_PARTS + r'(?:\.pkl)?')
 
 # lines of results.txt
 SCORE = re.compile(
@@ -93,6 +95,12 @@ class ResultFolder(NamedTuple):
         """Return the checksums of the tested snapshots, from run.json."""
         settings = read_settings(self.path / 'run.json')
         return [str(value) for name, value in settings.items() if name.startswith('snapshot ')]
+
+    def end_of_rounds(self):
+        """Return how the rounds of coarse to fine end: fine threshold, stop_DSC, most rounds; by name and run.json."""
+        name, stop = _ROUNDS.fullmatch(self.path.name), read_settings(self.path / 'run.json').get('stop_DSC')
+        stop = min(float(AGREEMENTS[-1]), stop if isinstance(stop, int | float) else 1)
+        return {'threshold': float(name['threshold']), 'stop_DSC': stop, 'rounds': int(name['rounds'])}
 
     def intensity_window(self):
         """Return the intensity window (HU) of the test, from run.json, or None."""

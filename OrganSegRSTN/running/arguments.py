@@ -54,7 +54,7 @@ def one_of(*choices):
 
 
 def organs(text):
-    """Return the type of several organs, as run.sh lists them: '1 3' -> [1, 3]."""
+    """Return several organs, as run.sh lists them: '1 3' -> [1, 3]."""
     found = [whole(1, 255)(word) for word in text.split()]
     if len(found) < 2 or len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f'{text!r} is not a list of two or more different organs, such as "1 3"')

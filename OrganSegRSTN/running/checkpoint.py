@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from running.weights import check_archive
 
 # arguments that may differ from those of the checkpoint, or that its path holds
 FREE = {
-    'recipe', 'data_path', 'GPU_ID', 'workers', 'resume', 'checkpoint_minutes', 'learning_rate2', 'learning_rate_m2', 'unused',
+    'recipe', 'data_path', 'GPU_ID', 'workers', 'resume', 'checkpoint_minutes', 'further', 'learning_rate2', 'learning_rate_m2', 'unused',
 }  # fmt: skip
 KEYS = {'settings', 'facts', 'finished', 'log_bytes', 'epoch', 'order', 'position', 'losses', 'random', 'parts'}
 
@@ -78,14 +79,19 @@ class Run:
 
     @contextlib.contextmanager
     def logged(self, path, state):
-        """Copy all output of the block to the file at `path`, after what the log held at the checkpoint `state`."""
+        """Copy all output of the block to the file at `path`, after what the log held at the checkpoint `state`.
+
+        Without a state, what a former training has logged stays until drop_former_log is called.
+        """
         if processes.rank():
             yield
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with errors_naming(path):
             self.log = open(path, 'ab', buffering=0)  # noqa: SIM115
-            self.log.truncate(min(state['log_bytes'], path.stat().st_size) if state else 0)
+            if state:
+                self.log.truncate(min(state['log_bytes'], path.stat().st_size))
+            self.former_log = 0 if state else path.stat().st_size
         output = _Both(sys.stdout, self.log, path)
         with self.log, contextlib.redirect_stdout(output):
             try:
@@ -93,6 +99,14 @@ class Run:
             except BaseException as error:
                 output.log(f'ended by {type(error).__name__} {error}'.strip() + '\n')
                 raise
+
+    def drop_former_log(self):
+        """Cut off what the log held before this block."""
+        if self.log and self.former_log:
+            with errors_naming(self.log.name):
+                text = Path(self.log.name).read_bytes()[self.former_log :]
+                self.log.truncate(0)
+                self.log.write(text)
 
     # --- loops ---
 

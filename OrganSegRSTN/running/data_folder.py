@@ -16,6 +16,10 @@ from utils import is_organ
 PLANES = 'XYZ'
 INIT_RECORD = 'init.json'  # what init.py made the lists of, and their sizes and checksums
 MODES = 'SIJ'  # separate, individual, joint (section 3.3)
+SNAPSHOT_PARTS = (
+    r'(?P<plane>[XYZ])(?P<mode>[SIJ])(?P<thickness>[13])_(?P<organ>\d+)(?:_(?P<time>.{15}))?'  # as in snapshot_name
+)
+SNAPSHOT = re.compile(rf'FD(?P<fold>\d+).{SNAPSHOT_PARTS}\.pkl')
 GOOD_LOSS = {'S': 0.3, 'I': 0.2, 'J': 0.15}  # mean Avg loss of a mode's last epoch that the published README asks for
 
 
@@ -145,13 +149,13 @@ def read_cases(data_path, kind, fold):
         raise ValueError(f'{path}: holds case {repeated[0]} twice')
     if shared := sorted(set(numbers) & set(others)):
         print_once(f'warning: {path}: case {shared[0]} trains and tests fold {fold}: its figures say little')
-    if sorted(numbers + others) != list(range(len(numbers + others))) or edited(data_path, path):
+    if sorted(numbers + others) != list(range(len(numbers + others))) or resized(data_path, path):
         print_once(f'{path}: {len(cases)} cases, as edited by hand')
     return cases
 
 
-def edited(data_path, path):
-    """Return whether a list is not as init.py wrote it, by the sizes in its record."""
+def resized(data_path, path):
+    """Return whether a list has another size than init.py wrote."""
     try:
         size, _ = read_json(Path(data_path, INIT_RECORD))['lists'][path.name]
     except (OSError, ValueError, LookupError, TypeError):
@@ -207,9 +211,8 @@ class Slice(NamedTuple):
 def slice_averages(image, intensity_window):
     """Return {plane: mean intensity of each slice} of `image` (W, H, L), clipped to `intensity_window` (HU)."""
     clipped = np.clip(image, *intensity_window)
-    exact = np.int64 if clipped.dtype.kind in 'iu' else np.float64
-    rows = clipped.sum(axis=2, dtype=exact)  # (W, H)
-    sums = {'X': rows.sum(axis=1), 'Y': rows.sum(axis=0), 'Z': clipped.sum(axis=(0, 1), dtype=exact)}
+    rows = clipped.sum(axis=2, dtype=np.float64)  # (W, H)
+    sums = {'X': rows.sum(axis=1), 'Y': rows.sum(axis=0), 'Z': clipped.sum(axis=(0, 1), dtype=np.float64)}
     return {plane: values / (image.size // len(values)) for plane, values in sums.items()}
 
 
@@ -307,6 +310,9 @@ def _find_snapshots(args, asked):
     chosen = '_'
     if any(stored.values()):
         shared = set.intersection(*filter(None, stored.values()), *({timestamp} for timestamp in given))
+        if not shared and given and all('_' in times for times in stored.values()):
+            print(f'{", ".join(open_planes)}: not of the training {", ".join(given)}; tests those without a timestamp')
+            shared = {'_'}
         if not shared:
             choice = '; '.join(f'{plane}: {", ".join(sorted(times))}' for plane, times in stored.items())
             given = f' and {", ".join(sorted(given))}' if given else ''

@@ -15,7 +15,7 @@ def fetch_vgg16(folder):
 
 
 def fetch(url, path, sha256):
-    """Download `url` to `path`; what an interrupted download left beside it, in PATH.part, is kept and gone on with.
+    """Download `url` to `path`; resume an interrupted download from PATH.part.
 
     ConnectionError: the network failed; ValueError: the file is not the one that `sha256` names, and is removed.
     """

@@ -8,6 +8,7 @@ import zipfile
 
 import torch
 
+from running.data_folder import print_once
 from running.files import open_file, quoted
 
 PLAIN = {'collections OrderedDict'} | {
@@ -102,18 +103,29 @@ def description(weights):
 
 
 def check_facts(path, facts, expected):
-    """Raise ValueError where weights were trained with other values than `expected`; warn of another voxel size.
+    """Raise ValueError where weights were trained with other values than `expected`.
 
-    For published weights, which hold no facts, print what is assumed.
+    Warn of another voxel size, and of `cases` (FILE SHA-256) that the training has seen. For published weights,
+    which hold no facts, print what is assumed.
     """
     if not facts:
-        print(f'{path}: does not say how it was trained; assumes ' + ', '.join(f'{k} {v}' for k, v in expected.items()))
+        assumed = ', '.join(f'{name} {value}' for name, value in expected.items() if name != 'cases')
+        print(f'{path}: does not say how it was trained; assumes {assumed}')
     for name, value in expected.items():
-        if name == 'spacing':
+        if name == 'cases':
+            for file in seen_cases(facts, value):
+                print_once(f'warning: {path}: was trained on {file}, a test case of this fold: its figures say little')
+        elif name == 'spacing':
             if doubt := spacing_doubt(value, facts.get(name)):
                 print(f'warning: {doubt}')
         elif facts.get(name, value) != value:
             raise ValueError(f'{path}: trained with {name} {facts[name]}, not {value}')
+
+
+def seen_cases(facts, cases):
+    """Return the files of those `cases` (FILE SHA-256) that weights were trained on, by their facts."""
+    seen = {case.split()[-1] for case in facts.get('cases', ())}
+    return [file for file, digest in map(str.split, cases) if digest in seen]
 
 
 def spacing_doubt(ours, trained):

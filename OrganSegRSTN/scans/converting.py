@@ -11,7 +11,7 @@ from running.data_folder import name_fault
 from running.files import LEFTOVERS, atomic_write, load_array, locked, write_array, write_json
 from scans.geometry import (
     Geometry,
-    checksum,
+    crc32,
     geometry_file,
     known,
     load_geometry,
@@ -56,12 +56,12 @@ def save_array(path, array):
 def save_scan(data_path, case, scan, label=None):
     """Write geometry/CASE.json and images/CASE.npy; print a line.
 
-    label: what save_label writes next. Without it, a label of another image that is there is named.
+    label: what save_label writes next. Without it, print a line if the stored label was made for another image.
     """
     geometry = scan.geometry or Geometry(np.eye(4), 'nothing', str(image_file(data_path, case)), 'unknown')
-    partners = {'shape': scan.image.shape, 'image_crc32': checksum(scan.image)}
+    partners = {'shape': scan.image.shape, 'image_crc32': crc32(scan.image)}
     if label is not None:
-        partners['label_crc32'] = checksum(label)
+        partners['label_crc32'] = crc32(label)
     elif label_file(data_path, case).exists():
         partners |= _partner_label(data_path, case, geometry, partners['image_crc32'])
     save_geometry(geometry_file(data_path, case), geometry, **partners)
@@ -76,7 +76,7 @@ def save_label(data_path, case, label):
     save_array(label_file(data_path, case), label)
     path = geometry_file(data_path, case)
     if content := read_record(path):
-        write_json(path, content | {'label_crc32': checksum(label)})
+        write_json(path, content | {'label_crc32': crc32(label)})
 
 
 def _partner_label(data_path, case, geometry, image_crc32):
@@ -84,7 +84,7 @@ def _partner_label(data_path, case, geometry, image_crc32):
     image, record = image_file(data_path, case), geometry_file(data_path, case)
     with contextlib.suppress(ValueError):  # nothing is known of what is broken
         content, former = read_record(record), load_geometry(record)
-        former_crc32 = content.get('image_crc32') or (checksum(load_array(image)) if image.exists() else image_crc32)
+        former_crc32 = content.get('image_crc32') or (crc32(load_array(image)) if image.exists() else image_crc32)
         alike = former is None or (former.holds == geometry.holds and np.allclose(former.affine, geometry.affine))
         if alike and former_crc32 == image_crc32 and content.get('label_crc32', 0) is not None:
             return {key: content[key] for key in ('label_crc32',) if key in content}

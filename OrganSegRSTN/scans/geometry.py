@@ -130,7 +130,7 @@ def check_partners(data_path, case, image, label):
     content = read_record(path)
     if fault := _image_fault(content, image.shape, image):
         what, entry = f'images/{case}.npy: {fault}', '' if 'shape' in fault else '"image_crc32" from '
-    elif 'label_crc32' in content and content['label_crc32'] != checksum(label):
+    elif 'label_crc32' in content and content['label_crc32'] != crc32(label):
         earlier = content['label_crc32'] is None
         fault = f'images/{case}.npy has changed' if earlier else 'its voxels have changed'
         what, entry = f'labels/{case}.npy: {fault}', '"label_crc32" from '
@@ -143,12 +143,12 @@ def _image_fault(content, shape, image):
     """Return how an image differs from the one of a geometry file; '' if it does not."""
     if content.get('shape', list(shape)) != list(shape):
         return f'its shape is {list(shape)} instead of {content["shape"]}'
-    if image is not None and content.get('image_crc32') not in (None, checksum(image)):
+    if image is not None and content.get('image_crc32') not in (None, crc32(image)):
         return 'its voxels have changed'
     return ''
 
 
-def checksum(array):
+def crc32(array):
     """Return the CRC-32 of an array's values, in C order."""
     return zlib.crc32(np.ascontiguousarray(array))
 

@@ -41,7 +41,7 @@ class SegmentedSeries:
     """A DICOM series that a segmentation object is to refer to; ValueError where that is not possible."""
 
     def __init__(self, folder):
-        self.slices = ordered_slices(folder, say=_silent)
+        self.slices = ordered_slices(folder, say=lambda note: None)  # reading the scan has printed the notes
         files = list(dict.fromkeys(s.path for s in self.slices))
         self.headers = [read_header(path) for path in files]
         first, last, hd = self.slices[0], self.slices[-1], import_highdicom()
@@ -124,10 +124,6 @@ def describe(hd, number, name, code, _side):
             name='OrganSegRSTN', family=codes.DCM.ArtificialIntelligence, version=revision()
         ),
     )
-
-
-def _silent(note):
-    """Print nothing: reading the scan has printed the notes."""
 
 
 # --- codes ---------------------------------------------------------------------------------------------------------

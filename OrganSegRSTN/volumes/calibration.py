@@ -20,6 +20,7 @@ PENALTY = 1.0  # on squared weights, for standardized signals
 LEAST = 6  # test cases; fewer show nothing
 COVERAGE = 0.9  # of the interval of a predicted DSC
 WORST = 0.25  # share of the test cases that a prediction should find
+ENDS = ('threshold', 'stop_DSC', 'rounds')  # what the end of the rounds depends on
 FAR = 3.0  # standard deviations of a signal: unlike the test cases
 
 
@@ -37,7 +38,8 @@ def case_signals(record, stop=None):
 def predict(calibration, signals):
     """Return (predicted DSC, low, high, whether to look at the scan) of a case with these signals.
 
-    The interval holds as many of the errors of the cases left out as COVERAGE says (all, of fewer than nine).
+    The interval is as wide as the COVERAGE quantile of the errors of the cases left out; of fewer than 19
+    cases that is the largest error.
     To look at: predicted among the lowest WORST of these cases. None, and to look at: a signal lies more than
     FAR standard deviations from those of the cases, where the fit says nothing.
     """
@@ -91,6 +93,7 @@ def read_calibration(path):
     try:
         table, others = np.array(found['table'], float), np.array([found['DSC'], found['left_out']], float)
         whole = table.shape == (others.shape[1], len(found['signals'])) and set(found['signals']) <= SIGNALS.keys()
+        whole = whole and all(math.isfinite(end[name]) for end in found['settings'] for name in ENDS)
     except (LookupError, TypeError, ValueError):
         whole = False
     if not (whole and np.isfinite(table).all() and np.isfinite(others).all() and others.shape[1] >= LEAST):
@@ -98,11 +101,11 @@ def read_calibration(path):
     return found
 
 
-def print_trust(record, path, snapshots, start='coarse'):
+def print_trust(record, path, snapshots, settings, start='coarse'):
     """Print the line that says how far to trust a mask, by the calibration at `path`; return its figures for JSON.
 
-    snapshots: the checksums of the networks, which must be among those of the calibration.
-    start: what round 0 is; of another one than the coarse networks' the signals are not those of the test cases.
+    The mask must come about as those of the test cases: snapshots: a function that returns the checksums of the
+    networks; settings: {'threshold': ..., 'stop_DSC': ...} of the rounds; start: what round 0 is.
     """
     rounds = record['rounds']
     if not rounds[-1]['voxels'] or rounds[-1]['planes'] is None:
@@ -120,11 +123,14 @@ def print_trust(record, path, snapshots, start='coarse'):
     if calibration is None:
         print(f'{planes}; no predicted DSC: report.py writes {path} from {LEAST} or more test cases with labels')
         return {}
-    if not set(snapshots) <= set(calibration.get('snapshots', ())):
-        print(f'{planes}; no predicted DSC: {path} is of other snapshots; test these and run report.py again')
-        return {}
-    if not set(calibration['signals']) <= signals.keys():
+    if len(rounds) == 1:
         print(f'{planes}; no predicted DSC without a fine round')
+        return {}
+    if not all(ended_alike(rounds, settings, theirs) for theirs in calibration['settings']):
+        print(f'{planes}; no predicted DSC: in {path} rounds end in another way (--threshold, --stop_DSC, --rounds)')
+        return {}
+    if not set(snapshots()) <= set(calibration.get('snapshots', ())):
+        print(f'{planes}; no predicted DSC: {path} is of other snapshots; test these and run report.py again')
         return {}
     value, low, high, look = predict(calibration, signals)
     predicted = 'no predicted DSC, its signals are unlike those of the test cases'
@@ -132,3 +138,13 @@ def print_trust(record, path, snapshots, start='coarse'):
         predicted = f'predicted DSC {value:.2f} ({low:.2f} to {high:.2f})'
     print(f'{predicted}; {planes}' + (': look at this scan' if look else ''))
     return {'predicted_DSC': value, 'low': low, 'high': high, 'look_at_this_scan': look}
+
+
+def ended_alike(rounds, settings, theirs):
+    """Return whether these rounds end as those of test cases, whose settings are `theirs`.
+
+    Where they end before two agree, they are as many as the test cases may have had; more do not matter.
+    """
+    if any(settings[name] != theirs[name] for name in ('threshold', 'stop_DSC')):
+        return False
+    return rounds[-1].get('inter_iteration', 0) >= theirs['stop_DSC'] or len(rounds) > theirs['rounds']

@@ -67,7 +67,7 @@ def stored_fusion(folder, number, files, shape, args):
     paths = {fusion: folder / f'{fusion}_{number}.npz' for fusion in FUSIONS}
     masks = {fusion: load_volume(path, shape) for fusion, path in paths.items()}
     if any(mask is None for mask in masks.values()):
-        masks = fusion_masks([plane_volume(file, shape) for file in files], args.threshold, args.organ_ID)
+        masks = fusion_masks([plane_volume(file, shape) for file in files], args.threshold)
         for fusion, path in paths.items():
             save_volume(path, masks[fusion])
     return masks
@@ -81,7 +81,7 @@ def plane_volume(file, shape):
     return volume
 
 
-def fusion_masks(volumes, threshold, organ_ID):
+def fusion_masks(volumes, threshold):
     """Return {name: mask (W, H, L)} of three planes' volumes (round(255 p), uint8).
 
     X, Y, Z: a plane's probability >= threshold; F1, F2, F3: sum of the probabilities >= 0.5, 1.5, 2.5;
@@ -91,8 +91,7 @@ def fusion_masks(volumes, threshold, organ_ID):
     total = sum(probabilities)  # in the order X, Y, Z, float32
     masks = {plane: probability >= threshold for plane, probability in zip(PLANES, probabilities)}
     votes = {f'F{votes}': (total >= votes - 0.5).astype(np.uint8) for votes in (1, 2, 3)}
-    seed = next((votes[name] for name in ('F3', 'F2') if votes[name].any()), votes['F1'])
-    processed = {f'{name}P': post_processing(mask.copy(), seed, 0.5, organ_ID) for name, mask in votes.items()}
+    processed = {f'{name}P': post_processing(mask.copy(), mask, 0.5, None) for name, mask in votes.items()}
     return masks | votes | processed
 
 

@@ -10,7 +10,7 @@ from volumes.planes import region
 AGREEMENTS = ('0.90', '0.95', '0.98', '0.99')  # inter-iteration DSC at which a user might stop
 
 
-def coarse_to_fine(coarse_volumes, fine, image, threshold, organ_ID, start=None):
+def coarse_to_fine(coarse_volumes, fine, image, threshold, start=None):
     """Yield (mask uint8, probability float32), (W, H, L), of rounds 0, 1, 2, ...; no round follows an empty mask.
 
     coarse_volumes: of the three planes, uint8; fine: their PlaneTesters of TEST 'F'; image: HU.
@@ -20,18 +20,18 @@ def coarse_to_fine(coarse_volumes, fine, image, threshold, organ_ID, start=None)
     mask = (score >= threshold).astype(np.uint8) if start is None else start[0]
     yield mask, score
     while mask.any():
-        mask, score = fine_round(mask, score, fine, image, threshold, organ_ID)
+        mask, score = fine_round(mask, score, fine, image, threshold)
         yield mask, score
 
 
-def fine_round(mask, score, fine, image, threshold, organ_ID):
+def fine_round(mask, score, fine, image, threshold):
     """Return mask and probability of the round after these: crop by the mask, weigh by the probability's saliency."""
     place = region(mask, fine[0].reach)  # the rest of the scan does not matter
     inside = sum(tester.predict(image[place], score=score[place], mask=mask[place]) for tester in fine)
     score = np.zeros_like(score)
     score[place] = inside / np.float32(len(fine))
     mask = (score >= threshold).astype(np.uint8)
-    return post_processing(mask, mask.copy(), 0.5, organ_ID), score
+    return post_processing(mask, mask, 0.5, None), score
 
 
 def coarse_probability(volumes):

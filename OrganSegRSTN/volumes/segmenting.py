@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from running.arguments import PRECISIONS
-from running.data_folder import PLANES
+from running.data_folder import PLANES, SNAPSHOT
 from running.processes import pick_device, pick_precision, set_up_CUDA
 from running.results import checksum
 from running.weights import description, load_weights, spacing_doubt
@@ -32,7 +32,6 @@ from volumes.trust import Watch, probe_shift
 
 NIH = 'PLI'
 STORED = 'stored'
-SNAPSHOT = re.compile(r'FD\d+.(?P<plane>[XYZ])(?P<mode>[SIJ])[13]_(?P<organ>\d+)(_(?P<time>\d{8}_\d{6}))?\.pkl')
 
 
 def segment(image, affine, snapshots, rounds=10, stop_DSC=0.99, threshold=0.5, start=None, probes=0, **options):
@@ -43,8 +42,8 @@ def segment(image, affine, snapshots, rounds=10, stop_DSC=0.99, threshold=0.5, s
     planes X, Y, Z a path, or a list of paths whose mean counts; or Networks, to load them once for
     many scans. rounds: fine rounds at most; stop_DSC: inter-iteration DSC at which two rounds agree;
     threshold: probability from which a voxel is organ. start: mask of the image's shape that is round
-    0, instead of the coarse networks' one. probes: how many other beginnings are tried, see
-    volumes.trust. options: those of Networks.
+    0, instead of the coarse networks' one. probes: of how many other starts round 1 is
+    computed, too, see volumes.trust. options: those of Networks.
 
     mask: uint8, probability: float32, both of the image's shape. record: a dict for JSON, see
     segment_scan. Print the lines of predict.py; contextlib.redirect_stdout hides them. Raise
@@ -105,7 +104,10 @@ def segment_scan(scan, networks, rounds, stop_DSC, threshold, start=None, probes
         warn('nothing found, the mask is empty; does the scan look, and lie, like those of the training?')
     ml = scan.geometry.voxel_ml * found['voxels'] if known(scan.geometry) else None
     print(f'volume: {found["voxels"]} voxels, ' + ('of unknown size' if ml is None else f'{ml:.1f} ml'))
-    trust = print_trust(found['signals'], networks.calibration_file(), networks.checksums, found['start'])
+    settings = {'threshold': threshold, 'stop_DSC': stop_DSC}
+    trust = print_trust(
+        found['signals'], networks.calibration_file(), lambda: networks.checksums, settings, found['start']
+    )
     record = networks.record() | found | {'ml': ml, 'trust': trust, 'warnings': warnings}
     return axes.apply_orientation(mask, back), axes.apply_orientation(probability, back), record
 
@@ -130,7 +132,8 @@ def find(image, networks, rounds, stop_DSC, threshold, start=None, probes=0, exp
         if explain and first[0].any():
             explain(image, networks, *first)
         watch = Watch(threshold, probes, probe_shift(networks.settings.margin))
-        mask, score = run_rounds(watch, first, volumes, networks.fine, image, rounds, stop_DSC, begin)
+        name = 'start' if start or remark else 'coarse'
+        mask, score = run_rounds(watch, first, name, volumes, networks.fine, image, rounds, stop_DSC, begin)
         if mask.any():
             break
         begin = time.time()
@@ -152,11 +155,14 @@ def find(image, networks, rounds, stop_DSC, threshold, start=None, probes=0, exp
     return mask, score, found
 
 
-def run_rounds(watch, start, volumes, fine, image, rounds, stop_DSC, begin):
-    """Return (mask, probability) of the last round from a start that is needed, and print a line for each; see Watch."""
+def run_rounds(watch, start, name, volumes, fine, image, rounds, stop_DSC, begin):
+    """Run the rounds from `start` until two agree or `rounds` are done, and print a line for each.
+
+    Return (mask, probability) of the last one. name: of round 0, coarse or start; the others: see find.
+    """
     done = watch.rounds
-    for mask, score in watch.coarse_to_fine(volumes, fine, image, 1, start):
-        text = f'round {len(done) - 1}' if len(done) > 1 else 'coarse' if volumes else 'start'
+    for mask, score in watch.coarse_to_fine(volumes, fine, image, start):
+        text = f'round {len(done) - 1}' if len(done) > 1 else name
         text += f': {done[-1]["voxels"]} voxels'
         inter = done[-1].get('inter_iteration')
         text += '' if inter is None else f', inter-iteration DSC = {inter:.4f}'
@@ -322,18 +328,18 @@ def folder_snapshots(folder):
     found = {}  # {(organ, fold): {timestamp: {plane: path}}}
     for path in sorted(folder.glob('*.pkl')):
         if (name := SNAPSHOT.fullmatch(path.name)) and name['mode'] == 'J':
-            trainings = found.setdefault((int(name['organ']), path.name.partition(':')[0]), {})
+            trainings = found.setdefault((int(name['organ']), int(name['fold'])), {})
             trainings.setdefault(name['time'] or '', {})[name['plane']] = path
     groups = {}
     for (organ, fold), trainings in found.items():
         whole = [time for time, planes in trainings.items() if len(planes) == len(PLANES)]
         if not whole:
             raise ValueError(
-                f'{folder}: no training of all three planes of organ {organ}, {fold}; train the others, or give the '
+                f'{folder}: no training of all three planes of organ {organ}, fold {fold}; train the others, or give the '
                 'snapshots of each organ, separated by commas'
             )
         chosen = '' if '' in whole else max(whole)
-        print(f'organ {organ}, {fold}: the training {chosen or "without a timestamp"} in {folder}')
+        print(f'organ {organ}, fold {fold}: the training {chosen or "without a timestamp"} in {folder}')
         for plane, path in trainings[chosen].items():
             groups.setdefault((organ, plane), []).append(path)
     if not groups:

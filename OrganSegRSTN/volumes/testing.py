@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from Data import geometry_facts
+from Data import geometry_facts, image_checksums
 from model import load_RSTN
 from running import arguments, processes
 from running.data_folder import (
@@ -64,10 +64,14 @@ class PlaneTester:
         """Yield the probability that each snapshot predicts; predict returns their mean."""
         for path in self.paths:
             yield predict_volume(self.load(path), image, self.plane, self.settings, **volumes)
+        if len(self.paths) > 1:
+            self.release()
 
     def load(self, path):
         """Return the network of a snapshot."""
-        if self.net is None or len(self.paths) > 1:
+        if len(self.paths) > 1:
+            self.release()
+        if self.net is None:
             print(f'{self.plane}: snapshot {path}', flush=True)
             _, thickness, margin, device, precision = self.settings
             self.net = load_RSTN(path, self.TEST, thickness, margin, device, precision, self.facts)
@@ -146,7 +150,7 @@ def plane_tester(args, plane, snapshot, TEST, device, cases):
         'intensity_window': list(window),
         'crop_margin': args.crop_margin,
     }
-    facts |= geometry_facts(args.data_path, cases)
+    facts |= geometry_facts(args.data_path, cases) | {'cases': image_checksums(args, cases)}
     return PlaneTester(plane, averaged_snapshots(args, snapshot), TEST, settings, facts)
 
 

@@ -27,14 +27,14 @@ class Watch:
         self.threshold, self.probes, self.shift = threshold, probes, shift
         self.rounds, self.changes = [], []
 
-    def coarse_to_fine(self, coarse_volumes, fine, image, organ_ID, start=None):
+    def coarse_to_fine(self, coarse_volumes, fine, image, start=None):
         """Yield what volumes.rounds.coarse_to_fine does, and record it.
 
         Without coarse_volumes the planes of round 0 are unknown.
         """
         planes = [Watched(tester, self.threshold) for tester in fine]
         votes, before = [volume >= 255 * self.threshold for volume in coarse_volumes], None
-        for mask, score in coarse_to_fine(coarse_volumes, planes, image, self.threshold, organ_ID, start):
+        for mask, score in coarse_to_fine(coarse_volumes, planes, image, self.threshold, start):
             if before is None:
                 first = mask
                 self.rounds.append(round_signals(mask, score, votes))
@@ -46,10 +46,10 @@ class Watch:
                 self.rounds.append(values)
             if len(self.rounds) == 2:
                 self.changes = [
-                    agreement(mask, fine_round(other, before[1], fine, image, self.threshold, organ_ID)[0]).value
+                    agreement(mask, fine_round(other, before[1], fine, image, self.threshold)[0]).value
                     if other.any()
                     else None
-                    for other in other_starts(before[0], self.shift)[: self.probes]
+                    for other in other_starts(before[0], self.shift, self.probes)
                 ]
             yield mask, score
             before = mask, score
@@ -136,10 +136,10 @@ def probe_shift(margin):
     return max(margin // 4, 1)
 
 
-def other_starts(mask, shift):
-    """Return masks like this one to start round 1 from: widened, or shifted, by `shift` voxels (see PROBES)."""
+def other_starts(mask, shift, count):
+    """Return `count` masks like this one to start round 1 from: widened, or shifted, by `shift` voxels (see PROBES)."""
     starts = []
-    for axis, way in PROBES:
+    for axis, way in PROBES[:count]:
         if axis is None:
             starts.append(ndimage.binary_dilation(mask, iterations=shift).astype(np.uint8))
         else:
@@ -166,7 +166,6 @@ def record_file(folder, number):
 
 def store_record(folder, number, record):
     """Write a case's record."""
-    record_file(folder, number).parent.mkdir(parents=True, exist_ok=True)
     write_json(record_file(folder, number), record, nulls=True)
 
 
