@@ -86,6 +86,8 @@ check_settings() {
     refuse "$DATA_PATH is the demo's folder: name another DATA_PATH for scans of your own"
   [[ -n $RAW_PATH || $ENABLE_DICOM2NPY$ENABLE_NII2NPY == 00 ]] ||
     refuse 'RAW_PATH is empty: name the folder of the raw scans'
+  [[ $DEMO == 1 || -d $RAW_PATH || $ENABLE_DICOM2NPY$ENABLE_NII2NPY == 00 ]] ||
+    refuse "RAW_PATH is '$RAW_PATH': no such folder"
   whole 1 255 ORGAN_NUMBER
   whole 1 - FOLDS
   [[ $CURRENT_FOLD == A ]] || whole 0 "$((10#$FOLDS - 1))" CURRENT_FOLD
@@ -101,6 +103,10 @@ check_settings() {
   matching 'published|fast' 'published or fast' RECIPE
   matching '[01]' '0 or 1' PRETRAINED_FURTHER
   [[ $PRETRAINED == '' || $PRETRAINED == vgg16 || -f $PRETRAINED ]] || refuse "PRETRAINED is '$PRETRAINED': not vgg16, and no such file"
+  [[ $PRETRAINED_FURTHER == 0 || -n $PRETRAINED || $ENABLE_PRETRAINING == 0 ]] ||
+    refuse 'PRETRAINED_FURTHER is 1, but PRETRAINED is empty: name the weights to train further'
+  [[ -z $PRETRAINED || $DEMO == 1 || $PRETRAINING_WIDTH == 64 ]] ||
+    refuse "PRETRAINING_WIDTH is $PRETRAINING_WIDTH, but the weights of PRETRAINED are of width 64"
   [[ -z $TRAINING_PRETRAINED || -f $TRAINING_PRETRAINED ]] || refuse "TRAINING_PRETRAINED is '$TRAINING_PRETRAINED': no such file"
   whole 1 - AVERAGE
   [[ -z $SNAPSHOT_STEPS ]] || whole 1 - SNAPSHOT_STEPS
@@ -132,6 +138,14 @@ pretrained() {  # does models/pretrained hold an FCN-8s for $fold and $organ?
     { exists "$folder/fcn8s_from_caffe.pth" || exists "$folder/fcn8s_from_vgg16.pth"; }
 }
 
+check_start() {  # a training must not start from converted weights beside those that this run pretrains
+  local file
+  [[ $ENABLE_PRETRAINING == 1 && -z $PRETRAINED$TRAINING_PRETRAINED ]] || return 0
+  for file in "$DATA_PATH"/models/pretrained/fcn8s_from_{caffe,vgg16}.pth; do
+    [[ ! -e $file ]] || refuse "$file: training would start from it, not from what this run pretrains; move it away"
+  done
+}
+
 check_pretrained() {  # a later fold must not fail after days because it has no FCN-8s to start from
   local fold organ stamp=_$TRAINING_TIMESTAMP
   [[ ${#TRAINING_TIMESTAMP} == 15 ]] || stamp=
@@ -153,6 +167,7 @@ prepare() {  # check every setting, set up PYTHON
   [[ -z $RAW_PATH || $RAW_PATH == /* ]] || RAW_PATH=$PWD/$RAW_PATH
   [[ $WRITE_NIFTI == 1 ]] || WRITE_NIFTI=  # ${WRITE_NIFTI:+--nifti} is empty where it is off
   [[ $OVERWRITE == 1 ]] || OVERWRITE=
+  check_start
   check_pretrained
   if [[ $DRY_RUN == 1 ]]; then
     : "${PYTHON:=python}"

@@ -93,6 +93,9 @@ def main():
         raise FileNotFoundError(f'{raw}: no scans in {", ".join(dict.fromkeys(LABELS + IMAGES))}; see --labels')
     if not images and not any(Path(out, 'images').glob('*.npy')):
         raise FileNotFoundError(f'{out}/images: no image to lay the labels onto; run dicom2npy.py first')
+    if labels and not any(case in images or image_file(out, case).exists() for case in labels):
+        names = f'{next(iter(labels.values()))[0]} and {next(iter(images.values()))[0]}' if images else 'images/*.npy'
+        raise ValueError(f'{raw}: no label has an image of its name ({names}); see --images and --labels')
     if args.images is None and Path(raw, 'imagesTs').is_dir():
         print('imagesTs: left out, scans without labels; predict.py reads them as they are')
     copy_label_names(raw, out)

@@ -570,6 +570,23 @@ def test_a_stopped_training_of_run_shs_own_timestamp_says_how_to_go_on(lazy, dat
     assert done.returncode == 0 and f'resumed from: {checkpoint}' in done.stdout
 
 
+def test_a_start_that_would_not_be_used_is_refused(tmp_path):
+    run = {'DRY_RUN': 1, 'DATA_PATH': tmp_path, 'ENABLE_PRETRAINING': 1, 'ENABLE_TRAINING': 1}
+    for flags, words in (
+        ({'PRETRAINED_FURTHER': 1}, 'PRETRAINED_FURTHER is 1, but PRETRAINED is empty'),
+        ({'PRETRAINED': 'vgg16', 'PRETRAINING_WIDTH': 12}, 'the weights of PRETRAINED are of width 64'),
+    ):
+        done = run_sh(**run, **flags)
+        assert done.returncode == 2 and words in done.stderr
+    assert run_sh(**run).returncode == 0
+    converted = tmp_path / 'models/pretrained/fcn8s_from_vgg16.pth'
+    converted.parent.mkdir(parents=True)
+    converted.touch()
+    done = run_sh(**run)
+    assert done.returncode == 2 and f'{converted}: training would start from it' in done.stderr
+    assert run_sh(**run | {'ENABLE_PRETRAINING': 0}).returncode == 0
+
+
 def test_weights_from_outside_recipe_steps_and_averages_reach_the_scripts(tmp_path):
     flags = {
         'DRY_RUN': 1, 'DATA_PATH': tmp_path, 'CURRENT_PLANE': 'Z', 'ENABLE_PRETRAINING': 1, 'ENABLE_TRAINING': 1,

@@ -55,8 +55,8 @@ def load_weights(path):
 def missing_weights(path):
     """Return the error to raise where a snapshot or other weights do not exist."""
     return FileNotFoundError(
-        f'{path}: no such weights; train them first, or check that fold, plane, organ, rates, margin and timestamp '
-        'are those of the training'
+        f'{path}: no such weights; train them first, or check that recipe, fold, plane, organ, rates, margin and '
+        'timestamp are those of the training'
     )
 
 

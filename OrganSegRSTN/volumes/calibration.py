@@ -121,7 +121,9 @@ def print_trust(record, path, snapshots, settings, start='coarse'):
         print(f'{planes}; no predicted DSC: {error}')
         return {}
     if calibration is None:
-        print(f'{planes}; no predicted DSC: report.py writes {path} from {LEAST} or more test cases with labels')
+        print(
+            f'{planes}; no predicted DSC: report.py writes {path} from {LEAST} or more test cases with labels, of all folds'
+        )
         return {}
     if len(rounds) == 1:
         print(f'{planes}; no predicted DSC without a fine round')

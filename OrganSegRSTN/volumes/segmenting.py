@@ -89,6 +89,8 @@ def segment_scan(scan, networks, rounds, stop_DSC, threshold, start=None, probes
 
     for doubt in intensity_doubts(scan.image, *networks.settings.intensity_window):
         warn(doubt)
+    if networks.training.orientation == '' and axis_codes(scan.geometry):
+        warn('the training arrays had no position in the patient: the mask is right only if this scan lies as they did')
     there, back = turns(scan.geometry, networks.orientation)
     spacing = None
     if known(scan.geometry):
