@@ -145,7 +145,7 @@ def test_several_organs_are_segments_and_a_folder_of_series_one_file_each(highdi
         _, seg = check(highdicom, tmp_path / 'scans' / name, tmp_path / f'out/{name}.dcm', mask, [1, 2])
         assert [segment.SegmentLabel for segment in seg.SegmentSequence] == ['organ 1', 'spleen']
     assert call('predict.py', *arguments, '--dicom', '--code', '2=spleen').out.count('(done before)') == 2
-    assert 'made otherwise (code 2)' in call('predict.py', *arguments, '--dicom', '--code', '2=liver').err
+    assert 'made with other settings (code 2)' in call('predict.py', *arguments, '--dicom', '--code', '2=liver').err
 
 
 def test_an_empty_mask_is_written_with_all_its_slices(highdicom, snapshots, tmp_path, call):
