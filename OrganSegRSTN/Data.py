@@ -20,6 +20,7 @@ from utils import is_organ, to_unit
 
 # how far `varied` goes at most: degrees; the logarithm of scales; contrast, and half as much brightness
 TURN, SCALE, STRETCH, CONTRAST = 15, 0.2, 0.1, 0.15
+SHIFT = 0.15  # of a whole slice, in shares of its sides, at most: other scans end elsewhere
 
 
 class DataLayer(Dataset):
@@ -216,6 +217,7 @@ def neighbours(slices, most):
 def varied(image, label, box=None):
     """Return the part of a sample inside `box` (a0, a1, b0, b1), turned, scaled and changed in contrast at random.
 
+    Without a box it is the whole slice, shifted as well.
     image: (3, A, B) in [0, 1], label: (C, A, B) of 0 and 1; -> the same of the box's size. What lies beyond the slice is
     0, and what is 0 in the image, the intensity window's dark end, stays 0.
     """
@@ -227,7 +229,8 @@ def varied(image, label, box=None):
     b = (torch.arange(b0, b1) - (b0 + b1 - 1) / 2)[None] * scale / stretch
     a, b = math.cos(angle) * a - math.sin(angle) * b, math.sin(angle) * a + math.cos(angle) * b
     places = [
-        (2 * place + start + end) / n - 1 for place, start, end, n in ((b, b0, b1, size[1]), (a, a0, a1, size[0]))
+        (2 * place + start + end) / n - 1 + (0 if box else random.uniform(-2 * SHIFT, 2 * SHIFT))
+        for place, start, end, n in ((b, b0, b1, size[1]), (a, a0, a1, size[0]))
     ]
     seen = F.grid_sample(torch.cat([image, label])[None], torch.stack(places, -1)[None], align_corners=False)[0]
     image, label = seen[:3], (seen[3:] >= 0.5).float()

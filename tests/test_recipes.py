@@ -132,6 +132,20 @@ def test_image_and_label_vary_together_and_dark_stays_dark():
         assert 60 < marked[1].sum() < 240
 
 
+def test_a_whole_slice_is_shifted_and_a_crop_is_not(monkeypatch):
+    for most in ('TURN', 'SCALE', 'STRETCH', 'CONTRAST'):
+        monkeypatch.setattr(Data, most, 0)
+    label = torch.zeros(3, 40, 60)
+    label[:, 20, 30] = 1
+    moves = []
+    for _ in range(50):
+        seen, marked = Data.varied(torch.rand(3, 40, 60), torch.nn.functional.max_pool2d(label, 3, 1, 1))
+        moves.append(marked[0].nonzero().double().mean(0) - torch.tensor([20, 30]))
+    furthest = torch.stack(moves).abs().amax(0)
+    assert 4 < furthest[0] <= 6.5 and 6 < furthest[1] <= 9.5, 'up to 15 % of each side'
+    assert torch.equal(Data.varied(label, label, (0, 40, 0, 60))[1], label)
+
+
 # --- pretraining ---------------------------------------------------------------------------------------------------
 
 
