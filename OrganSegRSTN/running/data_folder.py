@@ -16,9 +16,8 @@ from utils import is_organ
 PLANES = 'XYZ'
 INIT_RECORD = 'init.json'  # what init.py made the lists of, and their sizes and checksums
 MODES = 'SIJ'  # separate, individual, joint (section 3.3)
-SNAPSHOT_PARTS = (
-    r'(?P<plane>[XYZ])(?P<mode>[SIJ])(?P<thickness>[13])_(?P<organ>\d+)(?:_(?P<time>.{15}))?'  # as in snapshot_name
-)
+# names as snapshot_name makes them
+SNAPSHOT_PARTS = r'(?P<plane>[XYZ])(?P<mode>[SIJ])(?P<thickness>[13])_(?P<organ>\d+)(?:_(?P<time>.{15}))?'
 SNAPSHOT = re.compile(rf'FD(?P<fold>\d+).{SNAPSHOT_PARTS}\.pkl')
 GOOD_LOSS = {'S': 0.3, 'I': 0.2, 'J': 0.15}  # mean Avg loss of a mode's last epoch that the published README asks for
 
@@ -311,7 +310,9 @@ def _find_snapshots(args, asked):
     if any(stored.values()):
         shared = set.intersection(*filter(None, stored.values()), *({timestamp} for timestamp in given))
         if not shared and given and all('_' in times for times in stored.values()):
-            print(f'{", ".join(open_planes)}: not of the training {", ".join(given)}; tests those without a timestamp')
+            print(
+                f'{", ".join(open_planes)}: no snapshots of the training {", ".join(given)}; tests those without a timestamp'
+            )
             shared = {'_'}
         if not shared:
             choice = '; '.join(f'{plane}: {", ".join(sorted(times))}' for plane, times in stored.items())

@@ -104,8 +104,8 @@ def read_calibration(path):
 def print_trust(record, path, snapshots, settings, start='coarse'):
     """Print the line that says how far to trust a mask, by the calibration at `path`; return its figures for JSON.
 
-    The mask must come about as those of the test cases: snapshots: a function that returns the checksums of the
-    networks; settings: {'threshold': ..., 'stop_DSC': ...} of the rounds; start: what round 0 is.
+    It says nothing of a mask that was made otherwise than those of the test cases. snapshots: a function that
+    returns the checksums of the networks; settings: {'threshold': ..., 'stop_DSC': ...}; start: what round 0 is.
     """
     rounds = record['rounds']
     if not rounds[-1]['voxels'] or rounds[-1]['planes'] is None:
@@ -121,9 +121,7 @@ def print_trust(record, path, snapshots, settings, start='coarse'):
         print(f'{planes}; no predicted DSC: {error}')
         return {}
     if calibration is None:
-        print(
-            f'{planes}; no predicted DSC: report.py writes {path} from {LEAST} or more test cases with labels, of all folds'
-        )
+        print(f'{planes}; no predicted DSC: report.py writes {path} from {LEAST} or more test cases (of several folds)')
         return {}
     if len(rounds) == 1:
         print(f'{planes}; no predicted DSC without a fine round')
@@ -147,6 +145,6 @@ def ended_alike(rounds, settings, theirs):
 
     Where they end before two agree, they are as many as the test cases may have had; more do not matter.
     """
-    if any(settings[name] != theirs[name] for name in ('threshold', 'stop_DSC')):
+    if any(theirs[name] != value for name, value in settings.items()):
         return False
     return rounds[-1].get('inter_iteration', 0) >= theirs['stop_DSC'] or len(rounds) > theirs['rounds']

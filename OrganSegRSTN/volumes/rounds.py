@@ -16,8 +16,10 @@ def coarse_to_fine(coarse_volumes, fine, image, threshold, start=None):
     coarse_volumes: of the three planes, uint8; fine: their PlaneTesters of TEST 'F'; image: HU.
     Round 0 is the coarse mean, or `start`: a mask and its probability.
     """
-    score = coarse_probability(coarse_volumes) if start is None else start[1]
-    mask = (score >= threshold).astype(np.uint8) if start is None else start[0]
+    if start is None:
+        score = coarse_probability(coarse_volumes)
+        start = (score >= threshold).astype(np.uint8), score
+    mask, score = start
     yield mask, score
     while mask.any():
         mask, score = fine_round(mask, score, fine, image, threshold)
