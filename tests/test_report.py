@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import surface_distance
 from conftest import write_case
+from matplotlib.figure import Figure
 
 from report import number, percent
 from reporting.data import parse_log, read_label_names
 from reporting.measures import Surfaces, compare_surfaces, interval, joint_box, spread
-from reporting.pictures import anatomy, chosen_slices, contour_path, remarks, thinned, upright
+from reporting.pictures import anatomy, chosen_slices, contour_path, draw_losses, remarks, thinned, upright
 from reporting.reference import PUBLISHED, figures, read_references
 from reporting.runs import title
 from running.files import save_volume
@@ -445,6 +446,15 @@ def test_a_log_is_read():
     log = parse_log('log', LOG.splitlines())
     assert log.steps == {('S', 1): [0.7, 0.4], ('J', 1): [0.2]}
     assert log.epochs == {('S', 1): (0.75, 0.45, 0.55)}
+
+
+def test_the_chart_of_the_fast_recipe_asks_for_no_published_loss():
+    for recipe, words in (('published', ('loss (1 − Dice)', 'asked for')), ('fast', ('cross-entropy',))):
+        log = parse_log('log', [f'arguments: plane=Z recipe={recipe} seed=0', *LOG.splitlines()])
+        axes = Figure().subplots()
+        draw_losses(axes, log)
+        text = ' '.join([axes.get_ylabel(), *(one.get_text() for one in axes.get_legend().get_texts())])
+        assert all(word in text for word in words) and ('asked for' in text) == (recipe == 'published')
 
 
 def test_of_an_epoch_trained_twice_the_last_counts():

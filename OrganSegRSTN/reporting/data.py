@@ -87,6 +87,8 @@ LOSS = re.compile(
     r'Loss (?P<coarse>\d+\.?\d*|nan)/(?P<fine>\d+\.?\d*|nan)/(?P<avg>\d+\.?\d*|nan)(?=,)'
 )
 
+RECIPE = re.compile(r'arguments: .* recipe=(\w+)')
+
 
 class Log(NamedTuple):
     """A training log: steps {(mode, epoch): [avg]}, epochs {(mode, epoch): mean (coarse, fine, avg)}."""
@@ -94,6 +96,7 @@ class Log(NamedTuple):
     name: str
     steps: dict
     epochs: dict
+    recipe: str = 'published'
 
 
 def read_logs(source):
@@ -113,7 +116,11 @@ def read_log(path):
 def parse_log(name, lines):
     """Return the Log in lines of output; of an epoch that was trained twice, the last training counts."""
     log = Log(name, {}, {})
-    for found in filter(None, map(LOSS.match, lines)):
+    for line in lines:
+        if named := RECIPE.match(line):
+            log = log._replace(recipe=named[1])
+        if not (found := LOSS.match(line)):
+            continue
         epoch = found['mode'], int(found['epoch'])
         losses = tuple(float(found[part]) for part in ('coarse', 'fine', 'avg'))
         if found['step'] is None:

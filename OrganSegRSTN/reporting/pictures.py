@@ -38,7 +38,7 @@ def write_chart(path, draw, size, *args):
 
 
 def draw_losses(axes, log):
-    """Draw the loss by epoch, mode by mode, with the loss that the published README asks for."""
+    """Draw the loss by epoch, mode by mode; of the published recipe also what its README asks for."""
     start = 0
     for mode, good in GOOD_LOSS.items():
         epochs = sorted({epoch for m, epoch in [*log.steps, *log.epochs] if m == mode})
@@ -51,16 +51,20 @@ def draw_losses(axes, log):
         if not epochs:
             continue
         end = start + len(epochs)
-        axes.hlines(good, start, end, color=GREEN, lw=1.4)
-        axes.text(start + 0.05, good, f'{good:g}', color=GREEN, va='bottom', size=7)
+        if log.recipe == 'published':
+            axes.hlines(good, start, end, color=GREEN, lw=1.4)
+            axes.text(start + 0.05, good, f'{good:g}', color=GREEN, va='bottom', size=7)
         axes.text((start + end) / 2, 1.03, mode, ha='center', weight='bold', transform=axes.get_xaxis_transform())
         axes.axvline(end, color=FAINT, lw=0.5)
         start = end
     names = {'each step': (FAINT, '-'), 'coarse': ('C0', ':'), 'fine': ('C1', '--'), 'Avg': ('k', '-')}
-    for name, (colour, style) in (names | {'asked for': (GREEN, '-')}).items():
+    loss = '1 − Dice + cross-entropy'
+    if log.recipe == 'published':
+        names, loss = names | {'asked for': (GREEN, '-')}, '1 − Dice'
+    for name, (colour, style) in names.items():
         axes.plot([], [], color=colour, ls=style, label=name)
     axes.legend(frameon=False, fontsize=7, ncols=2, loc='upper right')
-    axes.set(xlabel='epoch', ylabel='loss (1 − Dice)', xlim=(0, max(start, 1)), ylim=(0, 1.05))
+    axes.set(xlabel='epoch', ylabel=f'loss ({loss})', xlim=(0, max(start, 1)), ylim=(0, 1.05))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
