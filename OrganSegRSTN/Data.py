@@ -16,7 +16,7 @@ from running.files import load_array
 from running.results import Checksums, revision
 from running.weights import seen_cases
 from scans.geometry import axis_codes, geometry_file, known, load_geometry
-from utils import is_organ, to_unit
+from utils import for_device, is_organ, to_unit
 
 # how far `varied` goes at most: degrees; the logarithm of scales; contrast, and half as much brightness
 TURN, SCALE, STRETCH, CONTRAST = 15, 0.2, 0.1, 0.15
@@ -24,7 +24,7 @@ SHIFT = 0.15  # of a whole slice, in shares of its sides, at most: other scans e
 
 
 class DataLayer(Dataset):
-    """Samples (image (3, A, B) float32 in [0, 1], label (slice_thickness, A, B) float32 of 0 and 1).
+    """Samples (image (3, A, B) HU, label (slice_thickness, A, B) uint8 of 0 and 1), as they travel to a device.
 
     With further organs `others` the label has their slices, too: (slice_thickness x organs, A, B).
     """
@@ -80,8 +80,12 @@ class DataLayer(Dataset):
             raise ValueError(
                 f'{records[1].label_file}: shape {label.shape[1:]}, its image {image.shape[1:]}; run init.py again'
             )
-        label = np.concatenate([is_organ(label, organ) for organ in (self.organ_ID, *self.others)]).astype(np.float32)
-        return torch.from_numpy(to_unit(image, *self.intensity_window)), torch.from_numpy(label)
+        label = np.concatenate([is_organ(label, organ) for organ in (self.organ_ID, *self.others)]).astype(np.uint8)
+        return torch.from_numpy(for_device(image)), torch.from_numpy(label)
+
+    def unit(self, image, device):
+        """Return the image of a sample, or of a batch, on a device as a network sees it: float32 in [0, 1]."""
+        return to_unit(image.to(device, non_blocking=True), *self.intensity_window)
 
     def stack(self, files):
         """Return the slices in these files, (n, A, B)."""
@@ -218,21 +222,25 @@ def varied(image, label, box=None):
     """Return the part of a sample inside `box` (a0, a1, b0, b1), turned, scaled and changed in contrast at random.
 
     Without a box it is the whole slice, shifted as well.
-    image: (3, A, B) in [0, 1], label: (C, A, B) of 0 and 1; -> the same of the box's size. What lies beyond the slice is
+    image: (3, A, B) in [0, 1], label: (C, A, B) of 0 and 1; -> float32 of the box's size. What lies beyond the slice is
     0, and what is 0 in the image, the intensity window's dark end, stays 0.
     """
     size = image.shape[1:]
     a0, a1, b0, b1 = box or (0, size[0], 0, size[1])
     angle = math.radians(random.uniform(-TURN, TURN))
     scale, stretch = (math.exp(random.uniform(-most, most)) for most in (SCALE, STRETCH))
-    a = (torch.arange(a0, a1) - (a0 + a1 - 1) / 2)[:, None] * scale * stretch  # from the box's centre
-    b = (torch.arange(b0, b1) - (b0 + b1 - 1) / 2)[None] * scale / stretch
+    a, b = (  # from the box's centre
+        torch.arange(low, high, device=image.device) - (low + high - 1) / 2 for low, high in ((a0, a1), (b0, b1))
+    )
+    a, b = a[:, None] * scale * stretch, b[None] * scale / stretch
     a, b = math.cos(angle) * a - math.sin(angle) * b, math.sin(angle) * a + math.cos(angle) * b
     places = [
         (2 * place + start + end) / n - 1 + (0 if box else random.uniform(-2 * SHIFT, 2 * SHIFT))
         for place, start, end, n in ((b, b0, b1, size[1]), (a, a0, a1, size[0]))
     ]
-    seen = F.grid_sample(torch.cat([image, label])[None], torch.stack(places, -1)[None], align_corners=False)[0]
+    seen = F.grid_sample(torch.cat([image, label.to(image)])[None], torch.stack(places, -1)[None], align_corners=False)[
+        0
+    ]
     image, label = seen[:3], (seen[3:] >= 0.5).float()
     contrast, light = math.exp(random.uniform(-CONTRAST, CONTRAST)), random.uniform(-CONTRAST, CONTRAST) / 2
     return (contrast * image + light).clamp(0, 1) * (image > 0), label

@@ -182,8 +182,8 @@ def learn(args, run, state, attempt, active, whole, device):
         for index, sample in run.steps(active):
             step = epoch * len(active) + index
             set_rates(optimizer, step / steps)
-            image, label = batch(args, sample, index, step / steps, active, whole)
-            loss = pretrain_step(model, optimizer, image.to(device), label.to(device), args.slice_thickness)
+            image, label = batch(args, sample, index, step / steps, active, whole, device)
+            loss = pretrain_step(model, optimizer, image, label, args.slice_thickness)
             run.losses.add((loss,))
             if attempt.fails(loss, step, CROPS_FIRST * steps):
                 return None
@@ -197,7 +197,7 @@ def new_model(args, active):
     classes, thickness = len(active[0][1]), args.slice_thickness
     if args.start is None:
         model = FCN8s(classes, args.width)
-        samples = [active[random.randrange(len(active))] for _ in range(CROPS)]
+        samples = [ready(active, 'cpu', *active[random.randrange(len(active))]) for _ in range(CROPS)]
         model.unit_variance(crops(samples, 2 * args.crop_margin, thickness, vary=False)[0])
         return model
     weights = {key: value for key, value in load_weights(args.start).items() if not key.startswith(SCORE_LAYERS)}
@@ -266,19 +266,25 @@ def pretrain_step(model, optimizer, image, label, thickness):
 # --- batches -------------------------------------------------------------------------------------------------------
 
 
-def batch(args, sample, index, done, active, whole):
+def ready(active, device, image, label):
+    """Return image and label of a sample on a device, as float32."""
+    return active.datasets[0].unit(image, device), label.to(device, torch.float32)
+
+
+def batch(args, sample, index, done, active, whole, device):
     """Return (image (N, 3, A, B), label (N, C, A, B)) of a step, after `done` of all steps.
 
     At first only crops around the organ: it has 0.1 % of the pixels of a slice, where a new network
     does not find it for thousands of steps. Then, for the coarse network, crops, active slices and any slices in turn.
     """
     vary = done >= VARIED_FROM
-    image, label = (tensor[0] for tensor in sample)
+    image, label = ready(active, device, *(tensor[0] for tensor in sample))
     if done < CROPS_FIRST or index % 3 == 1:
-        samples = [(image, label), *(active[random.randrange(len(active))] for _ in range(CROPS - 1))]
+        others = (active[random.randrange(len(active))] for _ in range(CROPS - 1))
+        samples = [(image, label), *(ready(active, device, *other) for other in others)]
         return crops(samples, 2 * args.crop_margin, args.slice_thickness, vary)
     if index % 3 == 2:
-        image, label = whole[random.randrange(len(whole))]
+        image, label = ready(active, device, *whole[random.randrange(len(whole))])
     if vary:
         image, label = varied(image, label)
     return image[None], label[None]

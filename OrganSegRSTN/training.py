@@ -84,7 +84,7 @@ def train(args, run, state, device, wrap):
         save_untrained(args, run, '', model)
     model = model.to(device).train()
     set_precision(model, args.precision)
-    recipe = Fast(args, slices) if args.recipe == 'fast' else Published()
+    recipe = {'published': Published, 'fast': Fast}[args.recipe](args, slices, device)
     rates = 'learning_rate1 learning_rate_m1' if args.joint_from is None else 'learning_rate2 learning_rate_m2'
     optimizer = recipe.make_optimizer(model, *(getattr(args, rate) for rate in rates.split()))
     run.restore(state, model=model, optimizer=optimizer)
@@ -93,7 +93,7 @@ def train(args, run, state, device, wrap):
         for mode, epoch in run.epochs(schedule(args)):
             if mode not in wrapped:
                 wrapped = {mode: wrap(model, mode, recipe)}
-            train_epoch(args, run, mode, epoch, wrapped[mode], optimizer, slices, device, recipe)
+            train_epoch(args, run, mode, epoch, wrapped[mode], optimizer, slices, recipe)
             end_epoch(args, run, mode, epoch, model, optimizer, recipe)
     except script.Terminated:
         raise
@@ -266,11 +266,11 @@ def make_optimizer(model, learning_rate1, learning_rate_m1):
     return optimizer
 
 
-def train_epoch(args, run, mode, epoch, model, optimizer, slices, device, recipe):
+def train_epoch(args, run, mode, epoch, model, optimizer, slices, recipe):
     """Train the remaining steps of an epoch; print a line a step."""
     name = f'{args.current_fold}{args.plane}{mode} Epoch[{epoch + 1}/{epochs(args, mode)}]'
     for index, (image, label) in run.steps(slices):
-        step = recipe.step(run, model, optimizer, mode, image, label, device)
+        step = recipe.step(run, model, optimizer, mode, image, label)
         coarse, fine, avg = processes.mean(step)
         run.losses.add((coarse, fine, avg))
         if not math.isfinite(avg):
@@ -287,7 +287,7 @@ def end_epoch(args, run, mode, epoch, model, optimizer, recipe):
     coarse, fine, avg = run.losses.mean
     print(f'{name} Epoch[{epoch + 1}], Total Coarse/Fine/Avg Loss {coarse:.4f}/{fine:.4f}/{avg:.4f}, '
             f'Time elapsed {run.losses.elapsed:.2f}s', flush=True)  # fmt: skip
-    recipe.end_epoch(args, mode, epoch, optimizer)
+    recipe.end_epoch(mode, epoch, optimizer)
     if epoch + 1 == epochs(args, mode):
         save_snapshot(args, run, mode, model)
         if args.recipe == 'published':
@@ -305,7 +305,7 @@ def train_step(model, optimizer, mode, image, label, criterion=None):
     """
     criterion = criterion or DSC_loss()
     probabilities = model(image, label, mode)
-    label = label.to(image.device, non_blocking=True)
+    label = label.to(image.device, torch.float32, non_blocking=True)
     coarse, *fines = (criterion(probability, label) for probability in probabilities)
     fine = sum(fines) / len(fines)
     loss = (coarse + 2 * len(fines) * fine) / (2 * len(fines) + 1)
@@ -338,13 +338,16 @@ class Published:
     coarse_steps = False  # whether some steps are of the coarse network only
     make_optimizer = staticmethod(make_optimizer)
 
-    def step(self, run, model, optimizer, mode, image, label, device):
-        """Train on a sample; return its (coarse, fine, avg) losses."""
-        return train_step(model, optimizer, mode, image.to(device), label)
+    def __init__(self, args, slices, device):
+        self.args, self.slices, self.device = args, slices, device
 
-    def end_epoch(self, args, mode, epoch, optimizer):
+    def step(self, run, model, optimizer, mode, image, label):
+        """Train on a sample; return its (coarse, fine, avg) losses."""
+        return train_step(model, optimizer, mode, self.slices.unit(image, self.device), label)
+
+    def end_epoch(self, mode, epoch, optimizer):
         """Halve the rates when due."""
-        if mode == 'J' and (epoch + 1) % args.lr_decay_epoch == 0:
+        if mode == 'J' and (epoch + 1) % self.args.lr_decay_epoch == 0:
             print('lr decay')
             for group in optimizer.param_groups:
                 group['lr'] *= 0.5
@@ -358,7 +361,8 @@ class Fast(Published):
 
     coarse_steps = True
 
-    def __init__(self, args, slices):
+    def __init__(self, args, slices, device):
+        super().__init__(args, slices, device)
         self.steps_of_epoch = len(slices) // processes.world_size()
         self.steps = self.steps_of_epoch * len(schedule(args))
         self.whole = load_slices(Namespace(**vars(args) | {'slice_threshold': 0}), args.plane)
@@ -371,15 +375,17 @@ class Fast(Published):
         ]
         return torch.optim.Adam([{'params': p, 'highest': rate} for p, rate in zip(parameters, highest)], fused=True)
 
-    def step(self, run, model, optimizer, mode, image, label, device):
+    def step(self, run, model, optimizer, mode, image, label):
         set_rates(optimizer, (run.epoch * self.steps_of_epoch + run.position) / self.steps)
         if run.position % 7 in (1, 3, 5):
-            image_of_any, label_of_any = self.whole[random.randrange(len(self.whole))]
-            coarse_step(model, optimizer, *(tensor[None].to(device) for tensor in varied(image_of_any, label_of_any)))
-        image, label = (tensor[None] for tensor in varied(image[0], label[0]))
-        return train_step(model, optimizer, mode, image.to(device), label, DiceEntropyLoss())
+            coarse_step(model, optimizer, *self.varied(*self.whole[random.randrange(len(self.whole))]))
+        return train_step(model, optimizer, mode, *self.varied(image[0], label[0]), DiceEntropyLoss())
 
-    def end_epoch(self, args, mode, epoch, optimizer):
+    def varied(self, image, label):
+        """Return a batch of one sample, varied on the device."""
+        return tuple(tensor[None] for tensor in varied(self.slices.unit(image, self.device), label))
+
+    def end_epoch(self, mode, epoch, optimizer):
         pass
 
 

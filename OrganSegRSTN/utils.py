@@ -28,6 +28,11 @@ def in_training_set(total_samples, i, folds, current_fold):
     return not start(current_fold) <= i < start(current_fold + 1)
 
 
+def for_device(volume):
+    """Return an array as it travels to a device: int16, uint8 and bool as they are, other numbers as float32."""
+    return volume if volume.dtype in (np.bool_, np.uint8, np.int16) else volume.astype(np.float32)
+
+
 def to_unit(image, low_range, high_range):
     """Return intensities clipped to [low_range, high_range] and scaled to [0, 1], float32, same shape.
 

@@ -78,6 +78,7 @@ def one_process(data, ranks=2):
             for rank in range(ranks):
                 set_random_states(states[rank])
                 image, label = (tensor[None] for tensor in slices[orders[0][first + rank]])
+                image, label = slices.unit(image, 'cpu'), label.float()
                 coarse, fine = (DSC_loss()(probability, label) for probability in model(image, label, mode))
                 loss = (coarse + 2 * fine) / 3
                 (loss / ranks).backward()

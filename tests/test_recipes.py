@@ -58,7 +58,7 @@ def test_testing_takes_the_snapshots_of_its_recipe(tested, call):
 
 def test_fast_is_adam_on_one_cosine_with_the_fine_layers_at_m1_times_the_rate(data):
     args = settings(data, plane='Z', recipe='fast', joint_from=None, slice_threshold=0.98)
-    recipe = training.Fast(args, range(5))
+    recipe = training.Fast(args, range(5), 'cpu')
     assert recipe.steps == 15
     model = RSTN(width=3)
     optimizer = recipe.make_optimizer(model, '1e-3', '2')

@@ -442,13 +442,22 @@ def sample():
     return label * 0.5 + 0.2, label
 
 
+class Slices(list):
+    """A training set in memory, of images in [0, 1]."""
+
+    def unit(self, image, device):
+        return image
+
+
 def train_mode(args, mode, count, model, optimizer, sample):
     """Train `count` epochs of a mode on one sample."""
     setattr(args, f'epoch_{mode}', count)
     run = Run(Path(args.data_path) / 'checkpoint', args)
     for epoch in run.epochs(range(count)):
-        train_epoch(args, run, mode, epoch, model, optimizer, [sample], CPU, Published())
-        end_epoch(args, run, mode, epoch, model, optimizer, Published())
+        slices = Slices([sample])
+        recipe = Published(args, slices, CPU)
+        train_epoch(args, run, mode, epoch, model, optimizer, slices, recipe)
+        end_epoch(args, run, mode, epoch, model, optimizer, recipe)
 
 
 def test_rates_halve_every_lr_decay_epochs_in_mode_J_only(tmp_path, sample, capsys):

@@ -137,7 +137,8 @@ class Run:
         world = processes.world_size()
         mine = self.order[: len(self.order) // world * world][processes.rank() :: world][self.position :]
         own = torch.Generator()  # leaves the global random numbers alone
-        return DataLoader(dataset, sampler=mine.tolist(), generator=own, num_workers=self.workers)
+        pinned = torch.cuda.is_initialized()  # slices then travel while the card computes
+        return DataLoader(dataset, sampler=mine.tolist(), generator=own, num_workers=self.workers, pin_memory=pinned)
 
     def _pause(self, save=False):
         """Save between two steps: when it is time, or when a signal waits in any rank, which then ends all ranks."""

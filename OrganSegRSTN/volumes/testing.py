@@ -22,11 +22,10 @@ from running.files import load_volume, save_volume
 from running.results import Checksums, Results, case_settings, lock_folders, prepare_folder, start
 from running.weights import missing_weights
 from scans.nifti import export
-from utils import DSC_computation, to_unit
+from utils import DSC_computation, for_device, to_unit
 from volumes.planes import SliceAverage, plane_view, slice_window
 
 PIXELS_AT_ONCE = {'cpu': 2**17, 'cuda': 2**20}  # of the slice windows in a batch
-SMALL = (np.bool_, np.uint8, np.int16)  # types that travel to a device as they are
 SALIENCY_REACH = 3  # pixels: of its convolutions of 3 x 3 and 5 x 5
 
 
@@ -120,8 +119,8 @@ def predict_volume(net, image, plane, settings, label=None, score=None, mask=Non
 
 
 def slices_on(device, volume, plane):
-    """Return a volume (W, H, L) on a device as (slices, A, B): int16 and uint8 as they are, other numbers as float32."""
-    volume = np.require(volume if volume.dtype in SMALL else volume.astype(np.float32), requirements=['C', 'W'])
+    """Return a volume (W, H, L) on a device as (slices, A, B)."""
+    volume = np.require(for_device(volume), requirements=['C', 'W'])
     return torch.from_numpy(plane_view(volume, plane)).to(device)
 
 
