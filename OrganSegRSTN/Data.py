@@ -24,7 +24,7 @@ SHIFT = 0.15  # of a whole slice, in shares of its sides, at most: other scans e
 
 
 class DataLayer(Dataset):
-    """Samples (image (3, A, B) HU, label (slice_thickness, A, B) uint8 of 0 and 1), as they travel to a device.
+    """Samples (image (3, A, B) float32 in [0, 1], label (slice_thickness, A, B) float32 of 0 and 1).
 
     With further organs `others` the label has their slices, too: (slice_thickness x organs, A, B).
     """
@@ -73,6 +73,10 @@ class DataLayer(Dataset):
         return len(self.active)
 
     def __getitem__(self, index):
+        return self.on_device('cpu', *self.stored(index))
+
+    def stored(self, index):
+        """Return a sample as it travels to a device: image HU, int16, uint8 or bool as stored, else float32; label uint8."""
         records = self.window_of(self.active[index])
         image = self.stack([record.image_file for record in records])
         label = self.stack([record.label_file for record in records[: self.thickness]])
@@ -83,8 +87,12 @@ class DataLayer(Dataset):
         label = np.concatenate([is_organ(label, organ) for organ in (self.organ_ID, *self.others)]).astype(np.uint8)
         return torch.from_numpy(for_device(image)), torch.from_numpy(label)
 
-    def unit(self, image, device):
-        """Return the image of a sample, or of a batch, on a device as a network sees it: float32 in [0, 1]."""
+    def on_device(self, device, image, label):
+        """Return a stored sample on a device: float32, the image in [0, 1]."""
+        return self.unit_on(device, image), label.to(device, non_blocking=True).float()  # converted there
+
+    def unit_on(self, device, image):
+        """Return the stored image of a sample, or of a batch, on a device: float32 in [0, 1]."""
         return to_unit(image.to(device, non_blocking=True), *self.intensity_window)
 
     def stack(self, files):
@@ -100,6 +108,13 @@ class DataLayer(Dataset):
         case, reach = self.slices[i].case, self.thickness // 2
         before, after = max(i - reach, 0), min(i + reach, len(self.slices) - 1)
         return [self.slices[k] if self.slices[k].case == case else self.slices[i] for k in (before, i, after)]
+
+
+class StoredSlices(DataLayer):
+    """The samples of DataLayer.stored."""
+
+    def __getitem__(self, index):
+        return self.stored(index)
 
 
 def read_slices(path):
@@ -204,8 +219,8 @@ def image_checksums(args, cases):
 
 
 def load_slices(args, plane, others=()):
-    """Return the training set of a plane."""
-    return DataLayer(args.data_path, args.current_fold, args.organ_number, args.low_range, args.high_range,
+    """Return the training set of a plane, as stored."""
+    return StoredSlices(args.data_path, args.current_fold, args.organ_number, args.low_range, args.high_range,
                      args.slice_threshold, args.slice_thickness, args.organ_ID, plane, others)  # fmt: skip
 
 
@@ -222,7 +237,7 @@ def varied(image, label, box=None):
     """Return the part of a sample inside `box` (a0, a1, b0, b1), turned, scaled and changed in contrast at random.
 
     Without a box it is the whole slice, shifted as well.
-    image: (3, A, B) in [0, 1], label: (C, A, B) of 0 and 1; -> float32 of the box's size. What lies beyond the slice is
+    image: (3, A, B) in [0, 1], label: (C, A, B) of 0 and 1; -> the same of the box's size. What lies beyond the slice is
     0, and what is 0 in the image, the intensity window's dark end, stays 0.
     """
     size = image.shape[1:]
@@ -238,9 +253,8 @@ def varied(image, label, box=None):
         (2 * place + start + end) / n - 1 + (0 if box else random.uniform(-2 * SHIFT, 2 * SHIFT))
         for place, start, end, n in ((b, b0, b1, size[1]), (a, a0, a1, size[0]))
     ]
-    seen = F.grid_sample(torch.cat([image, label.to(image)])[None], torch.stack(places, -1)[None], align_corners=False)[
-        0
-    ]
+    pixels, grid = torch.cat([image, label])[None], torch.stack(places, -1)[None]
+    seen = F.grid_sample(pixels, grid, align_corners=False)[0]
     image, label = seen[:3], (seen[3:] >= 0.5).float()
     contrast, light = math.exp(random.uniform(-CONTRAST, CONTRAST)), random.uniform(-CONTRAST, CONTRAST) / 2
     return (contrast * image + light).clamp(0, 1) * (image > 0), label

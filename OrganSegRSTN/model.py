@@ -134,7 +134,7 @@ class RSTN(nn.Module):
     TEST None trains: forward(image, label, mode) -> (coarse probability, fine probability), mode 'S', 'I' or 'J';
     in I and J it returns fine_iterations (the paper's T) fine ones, each made from the one before it.
     TEST 'C', 'O' or 'F' tests: forward -> one probability. All are (N, n_class, A, B); image is (N, 3, A, B).
-    Give label and mask on the CPU: their boxes are then found without waiting for a GPU.
+    Where label and mask are on the CPU, their boxes are found without waiting for a GPU.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class DSC_loss(nn.Module):
 def smooth_dice(pred, target, share=0.01):
     """Return the soft Dice loss of a batch, smoothed by a share of the pixels: slices without the organ have a gradient.
 
-    A share that is large beside the organ makes networks mark too little: in doubt they leave pixels out.
+    With a share above the organ's, networks mark less: in doubt they leave pixels out.
     """
     pred, target = pred.flatten(1), target.flatten(1)
     smooth = share * pred.shape[1]
@@ -265,7 +265,7 @@ def smooth_dice(pred, target, share=0.01):
 
 
 class DiceEntropyLoss(nn.Module):
-    """Soft Dice loss, smoothed little, plus cross-entropy, whose gradient does not fade where a network is sure and wrong."""
+    """Dice loss, smoothed by 0.1 %, plus cross-entropy, whose gradient does not fade where a network is sure and wrong."""
 
     def forward(self, pred, target):
         return smooth_dice(pred, target, 0.001) + F.binary_cross_entropy(pred, target)

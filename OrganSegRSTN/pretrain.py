@@ -6,6 +6,7 @@ pipeline's fcn8s_from_caffe.pth is copied, torchvision's vgg16-*.pth (--convert 
 becomes fcn8s_from_vgg16.pth.
 """
 
+import functools
 import random
 
 from running import arguments, script  # before packages: it names a missing one
@@ -197,7 +198,7 @@ def new_model(args, active):
     classes, thickness = len(active[0][1]), args.slice_thickness
     if args.start is None:
         model = FCN8s(classes, args.width)
-        samples = [ready(active, 'cpu', *active[random.randrange(len(active))]) for _ in range(CROPS)]
+        samples = [active.datasets[0].on_device('cpu', *active[random.randrange(len(active))]) for _ in range(CROPS)]
         model.unit_variance(crops(samples, 2 * args.crop_margin, thickness, vary=False)[0])
         return model
     weights = {key: value for key, value in load_weights(args.start).items() if not key.startswith(SCORE_LAYERS)}
@@ -266,25 +267,20 @@ def pretrain_step(model, optimizer, image, label, thickness):
 # --- batches -------------------------------------------------------------------------------------------------------
 
 
-def ready(active, device, image, label):
-    """Return image and label of a sample on a device, as float32."""
-    return active.datasets[0].unit(image, device), label.to(device, torch.float32)
-
-
 def batch(args, sample, index, done, active, whole, device):
     """Return (image (N, 3, A, B), label (N, C, A, B)) of a step, after `done` of all steps.
 
     At first only crops around the organ: it has 0.1 % of the pixels of a slice, where a new network
     does not find it for thousands of steps. Then, for the coarse network, crops, active slices and any slices in turn.
     """
-    vary = done >= VARIED_FROM
-    image, label = ready(active, device, *(tensor[0] for tensor in sample))
+    vary, on_device = done >= VARIED_FROM, functools.partial(active.datasets[0].on_device, device)
+    image, label = on_device(*(tensor[0] for tensor in sample))
     if done < CROPS_FIRST or index % 3 == 1:
         others = (active[random.randrange(len(active))] for _ in range(CROPS - 1))
-        samples = [(image, label), *(ready(active, device, *other) for other in others)]
+        samples = [(image, label), *(on_device(*other) for other in others)]
         return crops(samples, 2 * args.crop_margin, args.slice_thickness, vary)
     if index % 3 == 2:
-        image, label = ready(active, device, *whole[random.randrange(len(whole))])
+        image, label = on_device(*whole[random.randrange(len(whole))])
     if vary:
         image, label = varied(image, label)
     return image[None], label[None]

@@ -38,8 +38,10 @@ def to_unit(image, low_range, high_range):
 
     image: an array, or a tensor on any device.
     """
-    unit = image.clip(low_range, high_range)
-    unit = unit.astype(np.float32) if isinstance(unit, np.ndarray) else unit.float()
+    if isinstance(image, np.ndarray):
+        unit = image.clip(low_range, high_range).astype(np.float32)
+    else:
+        unit = image.float().clip(low_range, high_range)  # a tensor of bytes would take bounds as bytes
     unit -= np.float32(low_range)
     unit /= np.float32(high_range - low_range)
     return unit

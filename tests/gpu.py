@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import json
+import random
 import signal
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ import torch
 
 import ring
 import training_parallel
+from Data import DataLayer, varied
 from model import RSTN, DSC_loss, FCN8s, set_precision
 from running import processes, script
 from running.weights import load_weights
@@ -446,6 +448,25 @@ def seed_and_resume(args):
     return figures
 
 
+def training_slices(args):
+    """Compare a sample made and varied on the card with the CPU's; pretrain, and train by the fast recipe."""
+    with training_folder(args) as (data, settings):
+        fold, organ_number, *window, threshold, thickness, organ = process_memory.BEGIN
+        slices = DataLayer(data, fold, organ_number, *window, threshold, thickness, organ, 'Z')
+        made = []
+        for device in (torch.device('cpu'), args.device):
+            random.seed(0)
+            sample = slices.on_device(device, *slices.stored(0))
+            made.append([tensor.cpu() for tensor in (*sample, *varied(*sample))])
+        differences = [float((one - other).abs().max()) for one, other in zip(*made)]
+        image, label, image_varied, _ = differences
+        moved = float((made[0][3] != made[1][3]).float().mean())
+        assert label == 0 and max(image, image_varied) < 1e-5 and moved < 1e-3, f'{differences}, labels moved: {moved}'
+        process_memory.run('pretrain.py', data, *process_memory.BEGIN, args.GPU_ID, 1, '--width', 4)
+        process_memory.run('training.py', *settings, '_', '--recipe', 'fast')
+    return {'image_differs': max(image, image_varied), 'labels_moved': moved}
+
+
 def two_processes(args):
     """Compare two processes on one card, gradients averaged over gloo, with one process that averages them."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', __file__]
@@ -521,8 +542,8 @@ def missing_device(args):
 CHECKS = {
     check.__name__: check
     for check in (
-        rates, golden, nine_steps, other_precisions, ring_or_plain, times, memory, seed_and_resume, two_processes,
-        out_of_memory, missing_device,
+        rates, golden, nine_steps, other_precisions, ring_or_plain, times, memory, seed_and_resume, training_slices,
+        two_processes, out_of_memory, missing_device,
     )
 }  # fmt: skip
 

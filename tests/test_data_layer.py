@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from conftest import write_case
 
 from Data import DataLayer, slice_bar
@@ -49,8 +48,8 @@ def layer(data, fold=0, threshold=1, thickness=3, organ=2):
 
 
 def seen(sample):
-    """The value of each of the three image slices of a sample."""
-    return sample[0][:, 0, 0].tolist()
+    """The value of each of the three image slices of a sample, as it was before scaling."""
+    return [round(float(value) * 100) for value in sample[0][:, 0, 0]]
 
 
 def test_active_are_the_slices_with_the_organ_of_the_folds_training_cases(cases):
@@ -74,17 +73,22 @@ def test_a_window_ends_with_its_case(cases):
     assert seen(layer(cases, fold=1)[0]) == [0, 0, 1]  # its beginning
 
 
-def test_a_sample_is_slices_as_stored_and_label_of_the_organ_and_then_an_image_in_0_to_1(cases):
-    slices = layer(cases)
-    image, label = slices[0]
+def test_a_sample_is_image_in_0_to_1_and_label_of_the_organ(cases):
+    image, label = layer(cases)[0]
     assert (image.shape, label.shape) == ((3, 2, 2), (3, 2, 2))
-    assert (image.dtype, label.dtype) == (torch.int16, torch.uint8)
-    np.testing.assert_array_equal(image[1], np.full((2, 2), 21))
-    unit = slices.unit(image, 'cpu')
-    assert unit.dtype == torch.float32
-    np.testing.assert_allclose(unit[1], np.full((2, 2), 0.21), rtol=1e-6)
+    assert str(image.dtype) == str(label.dtype) == 'torch.float32'
+    np.testing.assert_allclose(image[1], np.full((2, 2), 0.21), rtol=1e-6)
     np.testing.assert_array_equal(label[:, 0, 0], [0, 1, 1])  # slices 20, 21, 22
     assert label.sum() == 2
+
+
+def test_a_stored_sample_is_small_and_becomes_the_same_on_a_device(cases):
+    slices = layer(cases)
+    stored = slices.stored(0)
+    assert [str(tensor.dtype) for tensor in stored] == ['torch.int16', 'torch.uint8']
+    assert stored[0][:, 0, 0].tolist() == [20, 21, 22]
+    for one, other in zip(slices.on_device('cpu', *stored), slices[0]):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_thickness_1_is_the_slice_three_times_and_one_label(cases):

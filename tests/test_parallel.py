@@ -77,8 +77,8 @@ def one_process(data, ranks=2):
             steps = []
             for rank in range(ranks):
                 set_random_states(states[rank])
-                image, label = (tensor[None] for tensor in slices[orders[0][first + rank]])
-                image, label = slices.unit(image, 'cpu'), label.float()
+                sample = slices.on_device('cpu', *slices[orders[0][first + rank]])
+                image, label = (tensor[None] for tensor in sample)
                 coarse, fine = (DSC_loss()(probability, label) for probability in model(image, label, mode))
                 loss = (coarse + 2 * fine) / 3
                 (loss / ranks).backward()

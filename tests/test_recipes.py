@@ -1,5 +1,6 @@
 """The fast recipe beside the published one, and a pretraining that learns crops first and starts again."""
 
+import math
 import random
 import re
 import shutil
@@ -80,6 +81,13 @@ def test_slices_without_the_organ_have_a_gradient():
         probability = torch.full((1, 3, 8, 8), 0.1, requires_grad=True)
         loss(probability, torch.zeros(1, 3, 8, 8)).backward()
         assert (probability.grad > 1e-4).all() == learns
+
+
+def test_training_smooths_the_loss_by_a_thousandth_of_the_pixels_and_pretraining_by_a_hundredth():
+    probability, label = torch.full((1, 1, 10, 10), 0.5), torch.zeros(1, 1, 10, 10)
+    label[..., :2] = 1  # 20 of 100 pixels, so the Dice is 2 * 10 / (50 + 20)
+    assert smooth_dice(probability, label).item() == pytest.approx(1 - 21 / 71)
+    assert DiceEntropyLoss()(probability, label).item() == pytest.approx(1 - 20.1 / 70.1 + math.log(2))
 
 
 def test_a_fast_training_that_is_killed_ends_with_the_same_bits_and_log(started, tmp_path):

@@ -175,12 +175,12 @@ SLOW_LOADING = """
 import os, runpy, sys, time
 sys.path.insert(0, sys.argv[1])
 import Data
-plain = Data.DataLayer.__getitem__
+plain = Data.DataLayer.stored
 def slowly(self, index):
     print('loading', file=sys.stderr, flush=True)
     time.sleep(0.3)
     return plain(self, index)
-Data.DataLayer.__getitem__ = slowly
+Data.DataLayer.stored = slowly
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from running.data_folder import Slice, organ_extents, slice_averages
-from utils import to_unit
+from utils import for_device, to_unit
 from volumes.planes import SliceAverage, plane_view, slice_window
 
 VOLUME = np.arange(2 * 3 * 4).reshape(2, 3, 4)  # (W, H, L); VOLUME[w, h, l] == 12 w + 4 h + l
@@ -87,6 +87,13 @@ def test_intensities_are_clipped_and_scaled():
     unit = to_unit(np.array([-3000, -100, 70, 240, 3000], np.int16), -100, 240)
     assert unit.dtype == np.float32
     np.testing.assert_array_equal(unit, [0, 0, 0.5, 1, 1])
+
+
+@pytest.mark.parametrize('dtype', ['int16', 'uint8', 'uint16', 'int32', 'float64', 'bool'])
+@pytest.mark.parametrize('window', [(-100, 240), (10.5, 101.0)], ids=str)
+def test_intensities_of_a_tensor_are_those_of_an_array(dtype, window):
+    image = (np.arange(40) * 7).astype(dtype)
+    np.testing.assert_array_equal(to_unit(torch.from_numpy(for_device(image)), *window), to_unit(image, *window))
 
 
 def test_slices_are_averaged_after_clipping():

@@ -445,7 +445,7 @@ def sample():
 class Slices(list):
     """A training set in memory, of images in [0, 1]."""
 
-    def unit(self, image, device):
+    def unit_on(self, device, image):
         return image
 
 

@@ -137,7 +137,7 @@ class Run:
         world = processes.world_size()
         mine = self.order[: len(self.order) // world * world][processes.rank() :: world][self.position :]
         own = torch.Generator()  # leaves the global random numbers alone
-        pinned = torch.cuda.is_initialized()  # slices then travel while the card computes
+        pinned = torch.cuda.is_initialized()  # the host need not wait for the copy
         return DataLoader(dataset, sampler=mine.tolist(), generator=own, num_workers=self.workers, pin_memory=pinned)
 
     def _pause(self, save=False):
