@@ -36,7 +36,8 @@ CROPS_FIRST = 0.4  # share of the steps that see crops around the organ only
 VARIED_FROM = 0.3  # share of the steps after which slices are turned, scaled and changed in contrast
 CROPS = 4  # in a batch, which takes the time of two single ones
 OTHERS = 4  # further organs to learn at most
-PATIENCE, STUCK, ATTEMPTS = 600, 0.75, 3  # steps in which the Dice loss of crops must fall below STUCK
+MOST = 1  # norm of the gradient: a larger one can drive all logits so low that nothing is learned again
+PATIENCE, STUCK, ATTEMPTS = 600, 0.75, 3  # steps until the Dice loss of crops is below STUCK of that of an empty mask
 
 
 def main():
@@ -186,7 +187,8 @@ def learn(args, run, state, attempt, active, whole, device):
             image, label = batch(args, sample, index, step / steps, active, whole, device)
             loss = pretrain_step(model, optimizer, image, label, args.slice_thickness)
             run.losses.add((loss,))
-            if attempt.fails(loss, step, CROPS_FIRST * steps):
+            own = label[:, : args.slice_thickness]
+            if attempt.fails(loss, smooth_dice(0 * own, own).item(), step, CROPS_FIRST * steps):
                 return None
         print(f'{args.current_fold} Epoch[{epoch + 1}/{args.epochs}], Dice Loss {run.losses.mean[0]:.4f}, '
                 f'Time elapsed {run.losses.elapsed:.2f}s', flush=True)  # fmt: skip
@@ -219,26 +221,34 @@ def own_classes(state, thickness):
 
 
 class Attempt:
-    """A start from new weights: its number, and the mean loss of its last steps, by which it fails or not."""
+    """A start from new weights: its number, and the mean losses of its last steps, by which it fails or not."""
 
     def __init__(self):
-        self.number, self.loss = 1, 1.0
+        self.begin(1)
 
-    def fails(self, loss, step, crops):
-        """Return whether the loss is too high at step PATIENCE, if that is among the first `crops` steps."""
-        self.loss += (loss - self.loss) / min(step + 1, PATIENCE / 5)
-        return step + 1 == PATIENCE <= crops and self.loss > STUCK
+    def begin(self, number):
+        self.number, self.loss, self.empty = number, 1.0, 1.0
+
+    def fails(self, loss, empty, step, crops):
+        """Return whether the loss is too high after PATIENCE steps, in the first `crops` steps.
+
+        empty: the loss of a network that marks nothing. It is far below 1, because the loss is smoothed.
+        """
+        weight = 1 / min(step + 1, PATIENCE / 5)
+        self.loss += weight * (loss - self.loss)
+        self.empty += weight * (empty - self.empty)
+        return PATIENCE <= step + 1 <= crops and not self.loss <= STUCK * self.empty  # also where it is nan
 
     def again(self):
         """Count the next attempt; raise ValueError after the last one."""
-        line = f'attempt {self.number} does not learn: Dice loss {self.loss:.2f} of crops after {PATIENCE} steps'
+        line = f'attempt {self.number} does not learn: Dice loss {self.loss:.2f} of crops, {self.empty:.2f} with nothing marked'
         if self.number == ATTEMPTS:
             raise ValueError(
-                f'{line}, asked for {STUCK}; try another --learning_rate or a larger --width, and see with '
+                f'{line}, asked for {STUCK * self.empty:.2f}; try another --learning_rate or a larger --width, and see with '
                 'check_data.py whether the labels lie on their images'
             )
         print(f'{line}; starting again from other weights', flush=True)
-        self.number, self.loss = self.number + 1, 1.0
+        self.begin(self.number + 1)
 
     def state_dict(self):
         return vars(self)
@@ -260,6 +270,7 @@ def pretrain_step(model, optimizer, image, label, thickness):
         loss = (dice + smooth_dice(*others)) / 2
     optimizer.zero_grad()
     (loss + F.binary_cross_entropy(probability, label)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MOST)
     optimizer.step()
     return dice.item()
 

@@ -163,7 +163,7 @@ def run_pretraining(monkeypatch, data, *options):
     return load_weights(data / 'models/pretrained/fcn8s_FD0_1.pth')
 
 
-def fail_once(self, loss, step, crops):
+def fail_once(self, loss, empty, step, crops):
     return self.number == 1 and step == 2
 
 
@@ -205,11 +205,17 @@ def test_after_three_starts_the_error_gives_advice(data, monkeypatch):
 
 
 def test_a_start_is_judged_by_its_crops_only():
-    attempt = pretrain.Attempt()
-    assert not any(attempt.fails(0.9, step, crops=pretrain.PATIENCE - 1) for step in range(pretrain.PATIENCE))
-    attempt = pretrain.Attempt()
-    verdicts = [attempt.fails(0.9, step, crops=pretrain.PATIENCE) for step in range(pretrain.PATIENCE + 5)]
-    assert [step for step, failed in enumerate(verdicts, 1) if failed] == [pretrain.PATIENCE]
+    steps = range(pretrain.PATIENCE + 5)
+
+    def failed(loss, empty, crops):
+        attempt = pretrain.Attempt()
+        return [step for step in steps if attempt.fails(loss, empty, step, crops)]
+
+    assert not failed(0.9, 1, crops=pretrain.PATIENCE - 1), 'too few steps to tell'
+    assert failed(0.9, 1, crops=pretrain.PATIENCE) == [pretrain.PATIENCE - 1]
+    assert failed(0.62, 0.62, crops=pretrain.PATIENCE), 'it marks nothing'
+    assert failed(float('nan'), 0.62, crops=pretrain.PATIENCE)
+    assert not failed(0.4, 0.62, crops=pretrain.PATIENCE)
 
 
 def test_crops_hold_the_organ_and_have_one_size():
@@ -224,6 +230,20 @@ def test_crops_hold_the_organ_and_have_one_size():
         image, label = pretrain.crops(samples, 8, thickness=3, vary=False)
         assert image.shape[0] == 3 and image.shape[2:] == label.shape[2:]
         assert label[:, :3].sum((1, 2, 3)).tolist() == [3 * 24] * 3, 'no pixel of the organ is cut off'
+
+
+def test_a_step_moves_no_weight_by_more_than_its_clipped_gradient():
+    torch.manual_seed(0)
+    model = FCN8s(3, width=3).train()
+    for name, weight in model.named_parameters():
+        if name.startswith('score') and name.endswith('weight'):
+            torch.nn.init.normal_(weight, std=10)
+    label = torch.zeros(1, 3, 24, 24)
+    label[:, :, 8:16, 8:16] = 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=0)
+    pretrain.pretrain_step(model, optimizer, label * 0.5, label, thickness=3)
+    norm = torch.stack([weight.grad.norm() for weight in model.parameters() if weight.grad is not None]).norm()
+    assert norm.item() == pytest.approx(pretrain.MOST, rel=1e-3)
 
 
 def test_other_organs_are_learned_and_left_out_of_the_file(initialized, tmp_path, monkeypatch):
