@@ -36,7 +36,7 @@ CROPS_FIRST = 0.4  # share of the steps that see crops around the organ only
 VARIED_FROM = 0.3  # share of the steps after which slices are turned, scaled and changed in contrast
 CROPS = 4  # in a batch, which takes the time of two single ones
 OTHERS = 4  # further organs to learn at most
-MOST = 1  # norm of the gradient: a larger one can drive all logits so low that nothing is learned again
+LARGEST_GRADIENT = 1  # its norm: larger ones can drive all logits so low that nothing is learned again
 PATIENCE, STUCK, ATTEMPTS = 600, 0.75, 3  # steps until the Dice loss of crops is below STUCK of that of an empty mask
 
 
@@ -185,10 +185,9 @@ def learn(args, run, state, attempt, active, whole, device):
             step = epoch * len(active) + index
             set_rates(optimizer, step / steps)
             image, label = batch(args, sample, index, step / steps, active, whole, device)
-            loss = pretrain_step(model, optimizer, image, label, args.slice_thickness)
+            loss, empty = pretrain_step(model, optimizer, image, label, args.slice_thickness)
             run.losses.add((loss,))
-            own = label[:, : args.slice_thickness]
-            if attempt.fails(loss, smooth_dice(0 * own, own).item(), step, CROPS_FIRST * steps):
+            if attempt.fails(loss, empty, step, CROPS_FIRST * steps):
                 return None
         print(f'{args.current_fold} Epoch[{epoch + 1}/{args.epochs}], Dice Loss {run.losses.mean[0]:.4f}, '
                 f'Time elapsed {run.losses.elapsed:.2f}s', flush=True)  # fmt: skip
@@ -258,21 +257,21 @@ class Attempt:
 
 
 def pretrain_step(model, optimizer, image, label, thickness):
-    """Take one Adam step on soft Dice plus cross-entropy; return the organ's Dice loss before it.
+    """Take one step on soft Dice plus cross-entropy; return the organ's Dice loss before it, and that of an empty mask.
 
     The other organs together weigh as much as the organ itself.
     """
     probability = torch.sigmoid(model(image))
-    dice = smooth_dice(probability[:, :thickness], label[:, :thickness])
-    loss = dice
+    own = label[:, :thickness]
+    loss = dice = smooth_dice(probability[:, :thickness], own)
     if label.shape[1] > thickness:
         others = (tensor[:, thickness:].unflatten(1, (-1, thickness)).flatten(0, 1) for tensor in (probability, label))
         loss = (dice + smooth_dice(*others)) / 2
     optimizer.zero_grad()
     (loss + F.binary_cross_entropy(probability, label)).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), MOST)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
     optimizer.step()
-    return dice.item()
+    return torch.stack([dice, smooth_dice(torch.zeros_like(own), own)]).tolist()  # a GPU is waited for once
 
 
 # --- batches -------------------------------------------------------------------------------------------------------
