@@ -15,6 +15,7 @@ from running.weights import check_facts, check_shapes, description, load_weights
 
 DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 LAST_OF_BLOCK = ('conv1_2', 'conv2_2', 'conv3_3', 'conv4_3', 'conv5_3')  # pooling follows
+LARGEST_GRADIENT = 1  # its norm: larger ones can drive all logits far below 0
 OUTSIDE = -9999999.0  # logit of every pixel outside the fine network's box: probability 0
 
 
@@ -65,8 +66,11 @@ class FCN8s(nn.Module):
         """Scale each layer of new weights so that its outputs for images x (N, 3, A, B) have unit mean square.
 
         Kaiming's scale is right for noise; slices and their padding are dark, and fade from layer to layer.
+        The 3 x 3 convolutions are centred first: the weights of an output have mean 0.
         """
         for name, layer in self.named_children():
+            if name.startswith('conv'):
+                layer.weight -= layer.weight.mean((1, 2, 3), keepdim=True)
             if name.startswith(('conv', 'fc')):
                 layer.weight /= layer(x).square().mean().sqrt().clamp(min=1e-6)
                 x = F.relu(layer(x))
@@ -132,7 +136,8 @@ class RSTN(nn.Module):
     """Coarse FCN-8s, saliency transformation, fine FCN-8s (section 3.2, equations 2 to 4).
 
     TEST None trains: forward(image, label, mode) -> (coarse probability, fine probability), mode 'S', 'I' or 'J';
-    in I and J it returns fine_iterations (the paper's T) fine ones, each made from the one before it.
+    in I and J it returns fine_iterations (the paper's T) fine ones, each made from the one before it; in 'C' none.
+    With `logits` it returns logits instead; those outside the fine network's box are OUTSIDE.
     TEST 'C', 'O' or 'F' tests: forward -> one probability. All are (N, n_class, A, B); image is (N, 3, A, B).
     Where label and mask are on the CPU, their boxes are found without waiting for a GPU.
     """
@@ -152,33 +157,32 @@ class RSTN(nn.Module):
         nn.init.zeros_(self.saliency2.weight)
         self.saliency2.bias.data = torch.tensor([1.0, 1.5, 2.0])[:n_class]
 
-    def forward(self, image, label=None, mode=None, score=None, mask=None):
+    def forward(self, image, label=None, mode=None, score=None, mask=None, logits=False):
         if self.TEST == 'F':
             return self.fine_windows(image * self.saliency(score), mask >= 0.5, empty=0)
-        coarse = self.coarse(image)
-        if self.TEST == 'C' or mode == 'C':
-            return coarse
+        coarse = self.coarse_model(image)
+        probability = torch.sigmoid(coarse)
+        if self.TEST == 'C':
+            return probability
         if self.TEST == 'O':
-            return self.fine_windows(image * self.saliency(coarse), label >= 0.5)
-        if mode not in ('S', 'I', 'J'):
+            return self.fine_windows(image * self.saliency(probability), label >= 0.5)
+        if mode not in ('C', 'S', 'I', 'J'):
             raise ValueError(f'mode {mode!r} is not one of S, I, J')
-        probabilities = [coarse]
-        for _ in range(1 if mode == 'S' else self.fine_iterations):
-            seen = image if mode == 'S' else image * self.saliency(probabilities[-1])
-            masks = [probabilities[-1] >= 0.5] if mode == 'J' else []
-            probabilities.append(self.fine(seen, *masks, label >= 0.5))
-        return tuple(probabilities)
-
-    def coarse(self, image):
-        """Return the coarse probability of an image."""
-        return torch.sigmoid(self.coarse_model(image))
+        found = [(coarse, probability)]
+        for _ in range({'C': 0, 'S': 1}.get(mode, self.fine_iterations)):
+            seen = image if mode == 'S' else image * self.saliency(probability)
+            masks = [probability >= 0.5] if mode == 'J' else []
+            fine = self.fine(seen, *masks, label >= 0.5)
+            probability = torch.sigmoid(fine)
+            found.append((fine, probability))
+        return tuple(pair[0 if logits else 1] for pair in found)
 
     def saliency(self, probability):
         """Return the saliency map of a probability (equation 3), which multiplies the image."""
         return self.saliency2(F.relu(self.saliency1(probability)))
 
     def fine(self, image, *masks):
-        """Return the fine probability inside the box of a mask (bool) and its margins, 0 outside, of a batch to train on.
+        """Return the fine logits inside the box of a mask (bool) and its margins, OUTSIDE elsewhere, of a batch to train on.
 
         A sample's box is that of the first of its masks that is not empty; without one it is the whole image.
         """
@@ -189,7 +193,7 @@ class RSTN(nn.Module):
         if len(boxes) > 1:  # each sample keeps its own box only
             image = torch.stack([uncrop(crop(one, box), box, one.shape[1:]) for one, box in zip(image, boxes)])
         joint = union(boxes)
-        return torch.sigmoid(uncrop(self.fine_model(crop(image, joint)), joint, image.shape[2:], OUTSIDE))
+        return uncrop(self.fine_model(crop(image, joint)), joint, image.shape[2:], OUTSIDE)
 
     def fine_windows(self, image, mask, empty=1):
         """Return the fine probability of windows to test, each by itself: inside the box of its mask; 0 outside.
@@ -248,6 +252,8 @@ def uncrop(image, box, size, outside=0.0):
 class DSC_loss(nn.Module):
     """Soft Dice loss over all channels of a sample, averaged over the batch (section 3.3)."""
 
+    of_logits = False
+
     def forward(self, pred, target):
         pred, target = pred.flatten(1), target.flatten(1)
         DSC = (2 * (pred * target).sum(1) + 1e-6) / (pred.sum(1) + target.sum(1) + 1e-6)
@@ -265,10 +271,26 @@ def smooth_dice(pred, target, share=0.01):
 
 
 class DiceEntropyLoss(nn.Module):
-    """Dice loss, smoothed by 0.1 %, plus cross-entropy, whose gradient does not fade where a network is sure and wrong."""
+    """Dice loss, smoothed by 0.1 %, plus cross-entropy, of logits.
 
-    def forward(self, pred, target):
-        return smooth_dice(pred, target, 0.001) + F.binary_cross_entropy(pred, target)
+    The cross-entropy of a probability has no gradient where a network is so sure and wrong that it rounds to 0 or 1; that
+    of a logit has. Outside the fine network's box, where there is nothing to learn, it counts as that of a logit of -100.
+    """
+
+    of_logits = True
+
+    def forward(self, logits, target):
+        entropy = F.binary_cross_entropy_with_logits(logits.masked_fill(logits == OUTSIDE, -100), target)
+        return smooth_dice(torch.sigmoid(logits), target, 0.001) + entropy
+
+
+class ClippedAdam(torch.optim.Adam):
+    """Adam; the norm of the gradient of each group of parameters is at most LARGEST_GRADIENT."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            torch.nn.utils.clip_grad_norm_(group['params'], LARGEST_GRADIENT)
+        return super().step(closure)
 
 
 def set_rates(optimizer, done):

@@ -14,10 +14,11 @@ from running import arguments, script  # before packages: it names a missing one
 # isort: split
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 from torch.utils.data import ConcatDataset
 
 from Data import load_slices, neighbours, refuse_seen_cases, training_facts, varied
-from model import FCN8s, bounding_box, crop, set_precision, set_rates, smooth_dice
+from model import ClippedAdam, FCN8s, bounding_box, crop, set_precision, set_rates, smooth_dice
 from running.checkpoint import Run, list_checksums, seed_everything
 from running.data_folder import PLANES, pretrained_folder, pretrained_name
 from running.downloads import fetch_vgg16
@@ -36,7 +37,6 @@ CROPS_FIRST = 0.4  # share of the steps that see crops around the organ only
 VARIED_FROM = 0.3  # share of the steps after which slices are turned, scaled and changed in contrast
 CROPS = 4  # in a batch, which takes the time of two single ones
 OTHERS = 4  # further organs to learn at most
-LARGEST_GRADIENT = 1  # its norm: larger ones can drive all logits so low that nothing is learned again
 PATIENCE, STUCK, ATTEMPTS = 600, 0.75, 3  # steps until the Dice loss of crops is below STUCK of that of an empty mask
 
 
@@ -178,7 +178,7 @@ def learn(args, run, state, attempt, active, whole, device):
     model = new_model(args, active).to(device).train()
     set_precision(model, args.precision)
     parameters = {'params': [p for p in model.parameters() if p.requires_grad], 'highest': args.learning_rate}
-    optimizer = torch.optim.Adam([parameters], fused=True)
+    optimizer = ClippedAdam([parameters], fused=True)
     run.restore(state, model=model, optimizer=optimizer, attempt=attempt)
     for epoch in run.epochs(range(args.epochs)):
         for index, sample in run.steps(active):
@@ -191,7 +191,7 @@ def learn(args, run, state, attempt, active, whole, device):
                 return None
         print(f'{args.current_fold} Epoch[{epoch + 1}/{args.epochs}], Dice Loss {run.losses.mean[0]:.4f}, '
                 f'Time elapsed {run.losses.elapsed:.2f}s', flush=True)  # fmt: skip
-    return model
+    return plain(model)
 
 
 def new_model(args, active):
@@ -201,12 +201,39 @@ def new_model(args, active):
         model = FCN8s(classes, args.width)
         samples = [active.datasets[0].on_device('cpu', *active[random.randrange(len(active))]) for _ in range(CROPS)]
         model.unit_variance(crops(samples, 2 * args.crop_margin, thickness, vary=False)[0])
+        standardize(model)
         return model
     weights = {key: value for key, value in load_weights(args.start).items() if not key.startswith(SCORE_LAYERS)}
     model = FCN8s(classes, width=len(weights.get('conv1_1.weight', [0])))
     check_shapes(args.start, weights, {k: v for k, v in model.state_dict().items() if not k.startswith(SCORE_LAYERS)})
     model.load_state_dict(weights, strict=False)
     return model
+
+
+def standardize(model):
+    """Let the 3 x 3 convolutions learn standardized weights, until `plain` makes ordinary ones of them."""
+    for name, layer in model.named_children():
+        if name.startswith('conv'):
+            parametrize.register_parametrization(layer, 'weight', Standardized())
+
+
+def plain(model):
+    """Return the model with ordinary weights: the same values, the state-dict keys of FCN8s."""
+    for layer in model.children():
+        if parametrize.is_parametrized(layer):
+            parametrize.remove_parametrizations(layer, 'weight')
+    return model
+
+
+class Standardized(torch.nn.Module):
+    """Weights (outputs, inputs, 3, 3) as a gain per output times weights of mean 0 and variance 1 (arXiv:1903.10520)."""
+
+    def forward(self, weight, gain):
+        deviation, mean = torch.std_mean(weight, (1, 2, 3), correction=0, keepdim=True)
+        return gain / deviation * (weight - mean)
+
+    def right_inverse(self, weight):
+        return weight, weight.std((1, 2, 3), correction=0, keepdim=True)
 
 
 def own_classes(state, thickness):
@@ -261,15 +288,15 @@ def pretrain_step(model, optimizer, image, label, thickness):
 
     The other organs together weigh as much as the organ itself.
     """
-    probability = torch.sigmoid(model(image))
+    logits = model(image)
+    probability = torch.sigmoid(logits)
     own = label[:, :thickness]
     loss = dice = smooth_dice(probability[:, :thickness], own)
     if label.shape[1] > thickness:
         others = (tensor[:, thickness:].unflatten(1, (-1, thickness)).flatten(0, 1) for tensor in (probability, label))
         loss = (dice + smooth_dice(*others)) / 2
     optimizer.zero_grad()
-    (loss + F.binary_cross_entropy(probability, label)).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
+    (loss + F.binary_cross_entropy_with_logits(logits, label)).backward()
     optimizer.step()
     return torch.stack([dice, smooth_dice(torch.zeros_like(own), own)]).tolist()  # a GPU is waited for once
 

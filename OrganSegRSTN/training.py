@@ -17,7 +17,7 @@ from running import arguments, processes, script  # before packages: it names a 
 import torch
 
 from Data import load_slices, refuse_seen_cases, training_facts, varied
-from model import RSTN, DiceEntropyLoss, DSC_loss, FCN8s, get_parameters, set_precision, set_rates
+from model import RSTN, ClippedAdam, DiceEntropyLoss, DSC_loss, FCN8s, get_parameters, set_precision, set_rates
 from running.checkpoint import Run, list_checksums, seed_everything
 from running.data_folder import GOOD_LOSS, MODES, find_pretrained, snapshot_folder, snapshot_name, step_snapshots
 from running.files import atomic_write, locked
@@ -301,12 +301,12 @@ def train_step(model, optimizer, mode, image, label, criterion=None):
 
     image: on the model's device; label: there or on the CPU, where the boxes of modes S and I are found without waiting.
     With T fine iterations the weights are 1 / (2T + 1) and 2 / (2T + 1) each, and `fine` is their mean.
-    criterion: the loss of a probability and a label, by default DSC_loss.
+    criterion: DSC_loss (None) or DiceEntropyLoss.
     """
     criterion = criterion or DSC_loss()
-    probabilities = model(image, label, mode)
+    outputs = model(image, label, mode, logits=criterion.of_logits)
     label = label.to(image.device, non_blocking=True).float()
-    coarse, *fines = (criterion(probability, label) for probability in probabilities)
+    coarse, *fines = (criterion(output, label) for output in outputs)
     fine = sum(fines) / len(fines)
     loss = (coarse + 2 * len(fines) * fine) / (2 * len(fines) + 1)
     optimizer.zero_grad()
@@ -318,7 +318,8 @@ def train_step(model, optimizer, mode, image, label, criterion=None):
 def coarse_step(model, optimizer, image, label):
     """Take one step of the coarse network only."""
     optimizer.zero_grad()
-    DiceEntropyLoss()(model(image, label, 'C'), label).backward()
+    (logits,) = model(image, label, 'C', logits=True)
+    DiceEntropyLoss()(logits, label).backward()
     optimizer.step()
 
 
@@ -368,12 +369,12 @@ class Fast(Published):
         self.whole = load_slices(Namespace(**vars(args) | {'slice_threshold': 0}), args.plane)
 
     def make_optimizer(self, model, learning_rate1, learning_rate_m1):
-        """Return Adam; saliency and fine layers have m1 times the rate."""
+        """Return Adam with clipped gradients; saliency and fine layers have m1 times the rate."""
         highest = [float(learning_rate1), float(learning_rate1) * float(learning_rate_m1)]
         parameters = [
             [*get_parameters(model, coarse, False), *get_parameters(model, coarse, True)] for coarse in (True, False)
         ]
-        return torch.optim.Adam([{'params': p, 'highest': rate} for p, rate in zip(parameters, highest)], fused=True)
+        return ClippedAdam([{'params': p, 'highest': rate} for p, rate in zip(parameters, highest)], fused=True)
 
     def step(self, run, model, optimizer, mode, image, label):
         set_rates(optimizer, (run.epoch * self.steps_of_epoch + run.position) / self.steps)

@@ -16,7 +16,7 @@ from test_resuming import end, log_lines, start, wait_for
 import Data
 import pretrain
 import training
-from model import RSTN, DiceEntropyLoss, FCN8s, set_rates, smooth_dice
+from model import LARGEST_GRADIENT, OUTSIDE, RSTN, ClippedAdam, DiceEntropyLoss, FCN8s, set_rates, smooth_dice
 from running.weights import description, load_weights
 
 FAST = FOLDER.replace('training_', 'training_fast_')
@@ -78,16 +78,28 @@ def test_fast_is_adam_on_one_cosine_with_the_fine_layers_at_m1_times_the_rate(da
 
 def test_slices_without_the_organ_have_a_gradient():
     for loss, learns in ((training.DSC_loss(), False), (smooth_dice, True), (DiceEntropyLoss(), True)):
-        probability = torch.full((1, 3, 8, 8), 0.1, requires_grad=True)
-        loss(probability, torch.zeros(1, 3, 8, 8)).backward()
-        assert (probability.grad > 1e-4).all() == learns
+        output = torch.full((1, 3, 8, 8), 0.1, requires_grad=True)
+        loss(output, torch.zeros(1, 3, 8, 8)).backward()
+        assert (output.grad > 1e-4).all() == learns
+
+
+def test_a_network_that_is_sure_and_wrong_still_learns():
+    logits, label = torch.full((1, 3, 8, 8), -500.0), torch.zeros(1, 3, 8, 8)
+    label[:, :, 2:4] = 1
+    logits[..., 6:] = OUTSIDE
+    loss = DiceEntropyLoss()(logits.requires_grad_(), label)
+    loss.backward()
+    seen = label[..., :6] == 1
+    assert (logits.grad[..., :6][seen] < -1e-4).all()
+    assert (logits.grad[..., 6:] == 0).all(), 'where the fine network has no say'
+    assert loss.item() == pytest.approx(1 + (500 * 6 + 100 * 2) / 8 / 4, rel=1e-2)
 
 
 def test_training_smooths_the_loss_by_a_thousandth_of_the_pixels_and_pretraining_by_a_hundredth():
     probability, label = torch.full((1, 1, 10, 10), 0.5), torch.zeros(1, 1, 10, 10)
     label[..., :2] = 1  # 20 of 100 pixels, so the Dice is 2 * 10 / (50 + 20)
     assert smooth_dice(probability, label).item() == pytest.approx(1 - 21 / 71)
-    assert DiceEntropyLoss()(probability, label).item() == pytest.approx(1 - 20.1 / 70.1 + math.log(2))
+    assert DiceEntropyLoss()(torch.zeros(1, 1, 10, 10), label).item() == pytest.approx(1 - 20.1 / 70.1 + math.log(2))
 
 
 def test_a_fast_training_that_is_killed_ends_with_the_same_bits_and_log(started, tmp_path):
@@ -240,11 +252,11 @@ def test_large_gradients_are_clipped():
             torch.nn.init.normal_(weight, std=10)
     label = torch.zeros(1, 3, 24, 24)
     label[:, :, 8:16, 8:16] = 1
-    optimizer = torch.optim.SGD(model.parameters(), lr=0)
+    optimizer = ClippedAdam(model.parameters(), lr=0)
     _, empty = pretrain.pretrain_step(model, optimizer, label * 0.5, label, thickness=3)
     assert empty == pytest.approx(1 - 0.01 / (1 / 9 + 0.01)), 'that of an empty mask'
     norm = torch.stack([weight.grad.norm() for weight in model.parameters() if weight.grad is not None]).norm()
-    assert norm.item() == pytest.approx(pretrain.LARGEST_GRADIENT, rel=1e-3)
+    assert norm.item() == pytest.approx(LARGEST_GRADIENT, rel=1e-3)
 
 
 def test_other_organs_are_learned_and_left_out_of_the_file(initialized, tmp_path, monkeypatch):
@@ -297,6 +309,23 @@ def test_layers_of_unit_variance():
     network.conv3_2.register_forward_hook(lambda layer, inputs, output: before.append(output.detach().clone()))
     network.features(image)
     assert before[0].square().mean() == pytest.approx(1, rel=1e-3)
+
+
+def test_standardized_weights_end_as_ordinary_ones_of_the_same_network():
+    torch.manual_seed(1)
+    network, image = FCN8s(3, width=4), torch.rand(1, 3, 30, 30)
+    network.unit_variance(image)
+    torch.nn.init.normal_(network.score_fr.weight)
+    keys, before = set(network.state_dict()), network.eval()(image)
+    pretrain.standardize(network)
+    torch.testing.assert_close(network(image), before, rtol=1e-3, atol=1e-4)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    pretrain.pretrain_step(network, optimizer, image, (torch.rand(1, 3, 30, 30) < 0.5).float(), 3)
+    learned = network(image)
+    assert not torch.allclose(learned, before, rtol=1e-2)
+    assert pretrain.plain(network).state_dict().keys() == keys
+    torch.testing.assert_close(network(image), learned)
+    assert network.conv3_2.weight.mean((1, 2, 3)).abs().max() < 1e-6, 'centred after a step, too'
 
 
 def test_folding_lets_the_first_layer_see_what_it_was_trained_on():

@@ -243,6 +243,16 @@ def test_a_broken_checkpoint_is_one_line_that_says_what_to_do(ended, call, damag
     assert 'FD0:Z3_1.ckpt: not a readable checkpoint' in done.err and 'remove it to start again' in done.err
 
 
+def test_a_checkpoint_of_another_version_is_one_line_that_says_what_to_do(ended, call):
+    path = ended / SNAPSHOTS / 'FD0:Z3_1.ckpt'
+    state = torch.load(path, weights_only=True)
+    state['parts']['model']['renamed'] = state['parts']['model'].popitem()[1]
+    torch.save(state, path)
+    done = call('training.py', *training_args(ended, epochs=EPOCHS), *RESUME)
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert 'FD0:Z3_1.ckpt: model is not that of this version; remove it to start again' in done.err
+
+
 def test_without_resume_a_training_starts_anew(undisturbed, ended):
     done = run_script('training.py', *training_args(ended, epochs=EPOCHS), '--seed', 1)
     assert done.code == 0 and 'resumed' not in done.out

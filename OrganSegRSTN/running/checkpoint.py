@@ -187,7 +187,12 @@ class Run:
             return
         print(f'resumed from: {self.path}', flush=True)
         for name, part in parts.items():
-            part.load_state_dict(state['parts'][name])
+            try:
+                part.load_state_dict(state['parts'][name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise ValueError(
+                    f'{self.path}: {name} is not that of this version; remove it to start again'
+                ) from error
         self.epoch, self.order, self.position = state['epoch'], state['order'], state['position']
         self.losses.load_state_dict(state['losses'])
         set_random_states(state['random'][processes.rank()])
