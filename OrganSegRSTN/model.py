@@ -15,7 +15,7 @@ from running.weights import check_facts, check_shapes, description, load_weights
 
 DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 LAST_OF_BLOCK = ('conv1_2', 'conv2_2', 'conv3_3', 'conv4_3', 'conv5_3')  # pooling follows
-LARGEST_GRADIENT = 1  # its norm: larger ones can drive all logits far below 0
+LARGEST_GRADIENT = 1  # the largest norm of a gradient: larger ones can drive all logits far below 0
 OUTSIDE = -9999999.0  # logit of every pixel outside the fine network's box: probability 0
 
 
@@ -168,21 +168,22 @@ class RSTN(nn.Module):
             return self.fine_windows(image * self.saliency(probability), label >= 0.5)
         if mode not in ('C', 'S', 'I', 'J'):
             raise ValueError(f'mode {mode!r} is not one of S, I, J')
-        found = [(coarse, probability)]
+        found = [(coarse, probability)]  # one sigmoid of each: the order in which gradients add up sets the bits
         for _ in range({'C': 0, 'S': 1}.get(mode, self.fine_iterations)):
             seen = image if mode == 'S' else image * self.saliency(probability)
             masks = [probability >= 0.5] if mode == 'J' else []
             fine = self.fine(seen, *masks, label >= 0.5)
             probability = torch.sigmoid(fine)
             found.append((fine, probability))
-        return tuple(pair[0 if logits else 1] for pair in found)
+        outputs, probabilities = zip(*found)
+        return outputs if logits else probabilities
 
     def saliency(self, probability):
         """Return the saliency map of a probability (equation 3), which multiplies the image."""
         return self.saliency2(F.relu(self.saliency1(probability)))
 
     def fine(self, image, *masks):
-        """Return the fine logits inside the box of a mask (bool) and its margins, OUTSIDE elsewhere, of a batch to train on.
+        """Return the fine logits of a batch to train on: inside the box of a mask (bool) and its margins, OUTSIDE elsewhere.
 
         A sample's box is that of the first of its masks that is not empty; without one it is the whole image.
         """
@@ -273,8 +274,8 @@ def smooth_dice(pred, target, share=0.01):
 class DiceEntropyLoss(nn.Module):
     """Dice loss, smoothed by 0.1 %, plus cross-entropy, of logits.
 
-    The cross-entropy of a probability has no gradient where a network is so sure and wrong that it rounds to 0 or 1; that
-    of a logit has. Outside the fine network's box, where there is nothing to learn, it counts as that of a logit of -100.
+    The cross-entropy of a probability has no gradient where a network is so sure and wrong that it rounds to 0 or 1;
+    that of a logit has. Outside the fine network's box, where nothing can be learned, the logit counts as -100.
     """
 
     of_logits = True
@@ -287,10 +288,10 @@ class DiceEntropyLoss(nn.Module):
 class ClippedAdam(torch.optim.Adam):
     """Adam; the norm of the gradient of each group of parameters is at most LARGEST_GRADIENT."""
 
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
             torch.nn.utils.clip_grad_norm_(group['params'], LARGEST_GRADIENT)
-        return super().step(closure)
+        return super().step()
 
 
 def set_rates(optimizer, done):

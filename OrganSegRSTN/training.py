@@ -301,7 +301,7 @@ def train_step(model, optimizer, mode, image, label, criterion=None):
 
     image: on the model's device; label: there or on the CPU, where the boxes of modes S and I are found without waiting.
     With T fine iterations the weights are 1 / (2T + 1) and 2 / (2T + 1) each, and `fine` is their mean.
-    criterion: DSC_loss (None) or DiceEntropyLoss.
+    criterion: DSC_loss (None) or DiceEntropyLoss; its `of_logits` says what it takes.
     """
     criterion = criterion or DSC_loss()
     outputs = model(image, label, mode, logits=criterion.of_logits)

@@ -250,7 +250,7 @@ def test_a_checkpoint_of_another_version_is_one_line_that_says_what_to_do(ended,
     torch.save(state, path)
     done = call('training.py', *training_args(ended, epochs=EPOCHS), *RESUME)
     assert (done.code, len(done.err.splitlines())) == (1, 1)
-    assert 'FD0:Z3_1.ckpt: model is not that of this version; remove it to start again' in done.err
+    assert 'FD0:Z3_1.ckpt: made by another version of this code (model); remove it to start again' in done.err
 
 
 def test_without_resume_a_training_starts_anew(undisturbed, ended):

@@ -187,12 +187,12 @@ class Run:
             return
         print(f'resumed from: {self.path}', flush=True)
         for name, part in parts.items():
-            try:
-                part.load_state_dict(state['parts'][name])
-            except (RuntimeError, ValueError, KeyError) as error:
+            saved = state['parts'].get(name, {})
+            if saved.keys() != part.state_dict().keys():
                 raise ValueError(
-                    f'{self.path}: {name} is not that of this version; remove it to start again'
-                ) from error
+                    f'{self.path}: made by another version of this code ({name}); remove it to start again'
+                )
+            part.load_state_dict(saved)
         self.epoch, self.order, self.position = state['epoch'], state['order'], state['position']
         self.losses.load_state_dict(state['losses'])
         set_random_states(state['random'][processes.rank()])
