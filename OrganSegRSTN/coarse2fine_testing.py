@@ -19,6 +19,7 @@ from running.files import load_volume, save_volume
 from running.results import Results, check_folder, prepare_folder, start
 from scans.nifti import export
 from utils import DSC_computation
+from volumes.planes import case_weights, weights_settings
 from volumes.rounds import (
     AGREEMENTS,
     agreement,
@@ -75,7 +76,8 @@ def prepare_folders(args, tested, snapshots, folder, coarse_folders, provenance)
     for path, settings in coarse.items():
         check_folder(path, settings, 'coarse_testing.py --overwrite')
     stop_DSC = 'none' if args.stop_DSC is None else args.stop_DSC
-    prepare_folder(folder, run_settings(args, tested, snapshots) | {'stop_DSC': stop_DSC}, provenance, args.overwrite)
+    settings = run_settings(args, tested, snapshots) | {'stop_DSC': stop_DSC} | weights_settings(args, tested)
+    prepare_folder(folder, settings, provenance, args.overwrite)
     for path, settings in coarse.items():
         if len(list(path.glob(f'volumes/{epoch_name(args)}_*.npz'))) < len(tested):
             prepare_folder(path, settings, provenance)
@@ -106,7 +108,7 @@ def case_rounds(args, folder, case, number, shape, coarse, fine):
             path.unlink(missing_ok=True)  # they are stored last, so that they always belong to the rounds beside them
         image = case.image(args.data_path)
         volumes = [coarse_volume(args, path, tester, image, number) for path, tester in coarse]
-        masks, score, record = rounds(args, volumes, fine, image)
+        masks, score, record = rounds(args, volumes, fine, image, case_weights(args, case))
         for r, mask in enumerate(masks):
             save_volume(round_file(folder, r, number), mask)
         if args.probability:
@@ -133,12 +135,12 @@ def coarse_volume(args, folder, tester, image, number):
     )
 
 
-def rounds(args, coarse_volumes, fine, image):
+def rounds(args, coarse_volumes, fine, image, weights):
     """Return (masks of rounds 0, 1, ... until they are finished, mean probability of the last computed round, record).
 
-    The rounds after an empty mask are empty. The record is that of volumes.trust.
+    The rounds after an empty mask are empty. The record is that of volumes.trust. weights: of the planes.
     """
-    masks, watch = [], Watch(args.fine_threshold, args.probe, probe_shift(args.crop_margin))
+    masks, watch = [], Watch(args.fine_threshold, args.probe, probe_shift(args.crop_margin), weights)
     for mask, score in watch.coarse_to_fine(coarse_volumes, fine, image):
         masks.append(mask)
         if finished(masks, args):

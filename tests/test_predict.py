@@ -5,13 +5,14 @@ import itertools
 import json
 import os
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import coarse2fine_args, run_script, tiny_weights
+from conftest import FOLDER, coarse2fine_args, fusion_args, run_script, tiny_weights
 from PIL import Image
 from raw_scans import make_slices, write_slices
 
@@ -23,6 +24,7 @@ from reporting.trust import calibrate
 from running.files import load_volume, write_json
 from running.results import checksum
 from running.weights import describe
+from scans.geometry import Geometry, geometry_file, save_geometry
 from volumes.calibration import calibration_file
 from volumes.rounds import coarse_probability
 
@@ -249,6 +251,37 @@ def test_as_a_user_runs_it_and_the_same_mask_as_coarse2fine_testing(tested, call
     coarse = sorted((tested / 'results').glob('coarse_testing*/*/volumes/e1111_1.npz'))
     coarse = coarse_probability([load_volume(file, image.shape) for file in coarse])
     np.testing.assert_array_equal(mask_of(tested / 'p.nii.gz'), coarse)
+
+
+def test_planes_of_fast_snapshots_weigh_as_their_slices_are_apart_in_testing_and_prediction(tested, call):
+    folder = tested / 'models/snapshots' / FOLDER
+    for path in folder.glob('*.pkl'):
+        state = OrderedDict(tiny_weights())
+        state._metadata = {}
+        torch.save(describe(state, recipe='fast', orientation='PLI'), path)
+    folder = folder.rename(folder.with_name(FOLDER.replace('training_', 'training_fast_')))
+    for path in (tested / 'images').iterdir():  # voxels of 3 x 2 x 5 mm
+        save_geometry(geometry_file(tested, path.stem), Geometry(PLI, 'position', 'made up', 'NIfTI'))
+    for stage, args in (('coarse2fine_testing', coarse2fine_args(tested, 2)), ('coarse_fusion', fusion_args(tested))):
+        done = call(f'{stage}.py', *args, '--recipe', 'fast')
+        assert done.code == 0, done.err
+    image = np.load(tested / 'images/0001.npy')
+    coarse, rounds, fused = (
+        [load_volume(file, image.shape) for file in sorted((tested / 'results').glob(f'{pattern}_1.npz'))]
+        for pattern in ('coarse_testing*/FD0:?J*/volumes/e1111', 'coarse2fine*/*/volumes/R?', 'coarse*/*/volumes/F2')
+    )
+    mean = sum(weight * volume for weight, volume in zip((0.3, 0.2, 0.5), coarse)) / 255
+    assert ((mean > 0.51) & (coarse_probability(coarse) < 0.49)).any(), 'the weights matter'
+    decided = np.abs(mean - 0.5) > 1e-6
+    for mask in (rounds[0], fused[0]):
+        np.testing.assert_array_equal(mask[decided], mean[decided] > 0.5)
+    run = json.loads(next((tested / 'results').glob('coarse2fine*/*/run.json')).read_text())
+    assert run['weights images/0001.npy'] == pytest.approx([0.3, 0.2, 0.5])
+
+    write(tested / 'scan.nii.gz', image, PLI)
+    names = sorted(map(str, folder.glob('*.pkl')))
+    predicted(tested / 'scan.nii.gz', tested / 'mask.nii.gz', *names, '--rounds', 2, '--stop_DSC', 1)
+    np.testing.assert_array_equal(mask_of(tested / 'mask.nii.gz'), rounds[2])
 
 
 def test_rounds_end_when_two_agree(scan, snapshots, tmp_path, capsys):

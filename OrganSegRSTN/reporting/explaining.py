@@ -12,8 +12,9 @@ from model import bounding_box
 from reporting.pictures import AS_PUBLISHED, COLOURS, INK, anatomy, standing
 from running.data_folder import PLANES
 from running.files import atomic_write, read_volume
+from scans.geometry import known
 from utils import to_unit
-from volumes.planes import plane_view, slice_window
+from volumes.planes import plane_view, plane_weights, slice_window
 from volumes.rounds import coarse_probability
 from volumes.testing import PlaneSettings, PlaneTester
 
@@ -42,14 +43,15 @@ def explain_case(folder, case_id, tested, number, image, geometry, intensity_win
     volumes = [path / 'volumes' / f'{tested.run.epoch}_{number}.npz' for path in coarse]
     if not all(path.exists() for path in (*snapshots, *volumes)):
         return []
-    score = coarse_probability([read_volume(path, image.shape) for path in volumes])
+    spacing = geometry.spacing if known(geometry) else None
+    weights = plane_weights('fast' if tested.run.settings.startswith('fast_') else 'published', spacing)
+    score = coarse_probability([read_volume(path, image.shape) for path in volumes], weights)
     mask = tested.mask('R0', number, image.shape)
     margin, files = int(tested.run.settings.rpartition(',')[2]), []
     settings = PlaneSettings(intensity_window, tested.run.thickness, margin, torch.device('cpu'), 'fp32')
     for plane, path in zip(PLANES, snapshots if mask.any() else ()):
         files.append(f'{folder.name}/{case_id}_{plane}_seen.png')
         tester = PlaneTester(plane, [path], 'F', settings)
-        spacing = None if geometry is None else geometry.spacing
         write_panels(folder.parent / files[-1], tester, image, mask, score, anatomy(geometry), spacing)
     return files
 

@@ -9,6 +9,8 @@ from running.processes import rank
 from running.results import Results, check_cases, lock_folders, prepare_folder, read_settings, start_without_network
 from scans.nifti import export
 from utils import DSC_computation, post_processing
+from volumes.planes import case_weights, weights_settings
+from volumes.rounds import weighted
 
 FUSIONS = [*PLANES, 'F1', 'F2', 'F3', 'F1P', 'F2P', 'F3P']
 
@@ -36,13 +38,14 @@ def fuse(args, stage):
     with lock_folders(folder), Results(folder, f'{stage}_fusion') as results:
         for source in sources:
             check_cases(source, args.data_path, cases)
-        prepare_folder(folder, fusion_settings(sources), provenance, args.overwrite)
+        settings = fusion_settings(sources) | weights_settings(args, cases)
+        prepare_folder(folder, settings, provenance, args.overwrite)
         results('Fusing results of 1 snapshots:')
         for number, case in enumerate(cases, 1):
             results(f'  Testcase {number}:')
             label = case.label(args.data_path, args.organ_ID)
             files = [source / 'volumes' / f'{epoch}_{number}.npz' for source in sources]
-            masks = stored_fusion(folder / 'volumes', number, files, label.shape, args)
+            masks = stored_fusion(folder / 'volumes', number, files, label.shape, args, case_weights(args, case))
             export(args, folder / 'volumes' / f'F2P_{number}.npz', masks['F2P'], case)
             scores = {fusion: DSC_computation(label, masks[fusion]) for fusion in FUSIONS}
             results.add_case(number, case, scores)
@@ -62,12 +65,12 @@ def fusion_settings(sources):
     }
 
 
-def stored_fusion(folder, number, files, shape, args):
+def stored_fusion(folder, number, files, shape, args, weights=None):
     """Return {name: mask} of a case's nine fusions, stored in `folder` or made from the planes' `files`."""
     paths = {fusion: folder / f'{fusion}_{number}.npz' for fusion in FUSIONS}
     masks = {fusion: load_volume(path, shape) for fusion, path in paths.items()}
     if any(mask is None for mask in masks.values()):
-        masks = fusion_masks([plane_volume(file, shape) for file in files], args.threshold)
+        masks = fusion_masks([plane_volume(file, shape) for file in files], args.threshold, weights)
         for fusion, path in paths.items():
             save_volume(path, masks[fusion])
     return masks
@@ -81,14 +84,16 @@ def plane_volume(file, shape):
     return volume
 
 
-def fusion_masks(volumes, threshold):
+def fusion_masks(volumes, threshold, weights=None):
     """Return {name: mask (W, H, L)} of three planes' volumes (round(255 p), uint8).
 
     X, Y, Z: a plane's probability >= threshold; F1, F2, F3: sum of the probabilities >= 0.5, 1.5, 2.5;
-    F1P, F2P, F3P: these post-processed.
+    F1P, F2P, F3P: these post-processed. weights: of the planes in the sum, 1 on average, by plane_weights.
     """
     probabilities = [volume / np.float32(255) for volume in volumes]
-    total = sum(probabilities)  # in the order X, Y, Z, float32
+    total = (
+        sum(probabilities) if weights is None else 3 * weighted(probabilities, weights)
+    )  # in the order X, Y, Z, float32
     masks = {plane: probability >= threshold for plane, probability in zip(PLANES, probabilities)}
     votes = {f'F{votes}': (total >= votes - 0.5).astype(np.uint8) for votes in (1, 2, 3)}
     processed = {f'{name}P': post_processing(mask.copy(), mask, 0.5, None) for name, mask in votes.items()}

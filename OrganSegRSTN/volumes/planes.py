@@ -1,9 +1,12 @@
 """A volume (W, H, L) along the planes X, Y or Z: slices, slice windows and their average (section 3.3)."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from running.data_folder import PLANES
+from scans.geometry import geometry_file, known, load_geometry
 
 
 def plane_view(volume, plane):
@@ -28,6 +31,31 @@ def region(mask, reach):
         hits = np.flatnonzero(inside.any(axis=(1, 2)))
         place.append(slice(max(hits[0] - reach, 0), min(hits[-1] + 1 + reach, n)))
     return tuple(place)
+
+
+def plane_weights(recipe, spacing):
+    """Return the weights of the planes X, Y, Z in a mean of them, float32 that add up to 1; None: all the same.
+
+    With the fast recipe each weighs as the distance of its slices (`spacing`, mm, or None), so the one with the smallest
+    pixels weighs most.
+    """
+    if recipe != 'fast' or spacing is None or np.allclose(spacing, spacing[0], rtol=1e-3):
+        return None
+    return np.divide(spacing, np.sum(spacing)).astype(np.float32)
+
+
+def case_weights(args, case):
+    """Return the plane_weights of a Case of a data folder."""
+    geometry = None
+    if args.recipe == 'fast':
+        geometry = load_geometry(geometry_file(args.data_path, Path(case.image_file).stem))
+    return plane_weights(args.recipe, geometry.spacing if known(geometry) else None)
+
+
+def weights_settings(args, cases):
+    """Return what these cases' means depend on, for run.json: their weights, where they differ."""
+    weights = {case.image_file: case_weights(args, case) for case in cases}
+    return {f'weights {file}': found.tolist() for file, found in weights.items() if found is not None}
 
 
 class SliceAverage:

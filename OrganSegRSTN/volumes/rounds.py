@@ -10,35 +10,43 @@ from volumes.planes import region
 AGREEMENTS = ('0.90', '0.95', '0.98', '0.99')  # inter-iteration DSC at which a user might stop
 
 
-def coarse_to_fine(coarse_volumes, fine, image, threshold, start=None):
+def coarse_to_fine(coarse_volumes, fine, image, threshold, start=None, weights=None):
     """Yield (mask uint8, probability float32), (W, H, L), of rounds 0, 1, 2, ...; no round follows an empty mask.
 
     coarse_volumes: of the three planes, uint8; fine: their PlaneTesters of TEST 'F'; image: HU.
-    Round 0 is the coarse mean, or `start`: a mask and its probability.
+    Round 0 is the coarse mean, or `start`: a mask and its probability. weights: of the planes in every mean, see
+    volumes.planes.plane_weights.
     """
     if start is None:
-        score = coarse_probability(coarse_volumes)
+        score = coarse_probability(coarse_volumes, weights)
         start = (score >= threshold).astype(np.uint8), score
     mask, score = start
     yield mask, score
     while mask.any():
-        mask, score = fine_round(mask, score, fine, image, threshold)
+        mask, score = fine_round(mask, score, fine, image, threshold, weights)
         yield mask, score
 
 
-def fine_round(mask, score, fine, image, threshold):
+def fine_round(mask, score, fine, image, threshold, weights=None):
     """Return mask and probability of the round after these: crop by the mask, weigh by the probability's saliency."""
     place = region(mask, fine[0].reach)  # the rest of the scan does not matter
-    inside = sum(tester.predict(image[place], score=score[place], mask=mask[place]) for tester in fine)
+    seen = [tester.predict(image[place], score=score[place], mask=mask[place]) for tester in fine]
     score = np.zeros_like(score)
-    score[place] = inside / np.float32(len(fine))
+    score[place] = sum(seen) / np.float32(len(fine)) if weights is None else weighted(seen, weights)
     mask = (score >= threshold).astype(np.uint8)
     return post_processing(mask, mask, 0.5, None), score
 
 
-def coarse_probability(volumes):
+def coarse_probability(volumes, weights=None):
     """Return the mean (W, H, L) float32 of the planes' stored volumes (uint8): the sum of the bytes over 765."""
+    if weights is not None:
+        return weighted(volumes, weights / np.float32(255))
     return sum(volume.astype(np.float32) for volume in volumes) / np.float32(255 * len(volumes))
+
+
+def weighted(volumes, weights):
+    """Return the sum (float32) of the volumes of the planes X, Y, Z times their weights."""
+    return sum(weight * volume for weight, volume in zip(weights, volumes, strict=True))
 
 
 def agreement(before, mask):

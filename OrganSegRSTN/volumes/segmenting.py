@@ -26,6 +26,7 @@ from running.weights import description, load_weights, spacing_doubt
 from scans.geometry import PUBLISHED, Geometry, axis_codes, known, lays_out, load_geometry, what_it_holds
 from scans.voxels import Volume, intensity_doubts
 from volumes.calibration import calibration_file, print_trust
+from volumes.planes import plane_weights
 from volumes.starting import given, starts
 from volumes.testing import PlaneSettings, PlaneTester, to_bytes
 from volumes.trust import Watch, probe_shift
@@ -101,7 +102,8 @@ def segment_scan(scan, networks, rounds, stop_DSC, threshold, start=None, probes
     image = np.ascontiguousarray(axes.apply_orientation(scan.image, there))
     start = None if start is None else given(np.ascontiguousarray(axes.apply_orientation(start, there)))
     explain = explain and functools.partial(explain, spacing=spacing)
-    mask, probability, found = find(image, networks, rounds, stop_DSC, threshold, start, probes, explain, warn)
+    weights = plane_weights(networks.training.recipe, spacing)
+    mask, probability, found = find(image, networks, rounds, stop_DSC, threshold, start, probes, explain, warn, weights)
     if not mask.any():
         warn('nothing found, the mask is empty; does the scan look, and lie, like those of the training?')
     ml = scan.geometry.voxel_ml * found['voxels'] if known(scan.geometry) else None
@@ -114,18 +116,18 @@ def segment_scan(scan, networks, rounds, stop_DSC, threshold, start=None, probes
     return axes.apply_orientation(mask, back), axes.apply_orientation(probability, back), record
 
 
-def find(image, networks, rounds, stop_DSC, threshold, start=None, probes=0, explain=None, warn=print):
+def find(image, networks, rounds, stop_DSC, threshold, start=None, probes=0, explain=None, warn=print, weights=None):
     """Return (mask uint8, probability float32, record) of `image` (W, H, L) HU, which lies as in training.
 
     start: (mask, probability) of round 0. Without it, and if the rounds find nothing, they are tried
-    again from other starts, see volumes.starting.
+    again from other starts, see volumes.starting. weights: of the planes.
     """
     begin = time.time()
     volumes = []
     for tester in networks.coarse if start is None else ():
         volumes.append(to_bytes(tester.predict(image)))
         networks.release(tester)
-    tried = iter([(*start, '')] if start else starts(volumes, threshold, networks.training.place))
+    tried = iter([(*start, '')] if start else starts(volumes, threshold, networks.training.place, weights))
     if not rounds:  # a box or a low threshold must not be the mask
         tried = itertools.islice(tried, 1)
     for *first, remark in tried:
@@ -133,7 +135,7 @@ def find(image, networks, rounds, stop_DSC, threshold, start=None, probes=0, exp
             print(f'nothing found; tries again: {remark}', flush=True)
         if explain and first[0].any():
             explain(image, networks, *first)
-        watch = Watch(threshold, probes, probe_shift(networks.settings.margin))
+        watch = Watch(threshold, probes, probe_shift(networks.settings.margin), weights)
         name = 'start' if start or remark else 'coarse'
         mask, score = run_rounds(watch, first, name, volumes, networks.fine, image, rounds, stop_DSC, begin)
         if mask.any():
@@ -228,6 +230,7 @@ class Networks:
         """Return what a mask depends on beside its scan."""
         low, high = self.settings.intensity_window
         settings = {'low_range': low, 'high_range': high, 'margin': self.settings.margin}
+        settings |= {'recipe': 'fast'} if self.training.recipe == 'fast' else {}
         return {
             'organ_ID': self.training.organ_ID,
             'snapshots': [[path.name for path in plane] for plane in self.paths],
@@ -254,6 +257,7 @@ class Training(NamedTuple):
     orientation: str | None = None  # axis codes of the training arrays; '' where they had no position
     spacing: list | None = None  # mm
     place: list | None = None  # of the organ, in shares of the volume
+    recipe: str | None = None
 
 
 def check_snapshots(snapshots, force):
@@ -287,7 +291,7 @@ def read_training(path, plane, force):
     organ_ID = facts.get('organ_ID', int(name['organ']) if name else None)
     orientation = facts.get('orientation', '') if facts else None
     return Training(*sizes, organ_ID, facts.get('crop_margin'), facts.get('intensity_window'), orientation,
-                    facts.get('spacing'), facts.get('place'))  # fmt: skip
+                    facts.get('spacing'), facts.get('place'), facts.get('recipe'))  # fmt: skip
 
 
 def whose(path):

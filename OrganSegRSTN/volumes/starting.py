@@ -10,12 +10,12 @@ from volumes.rounds import coarse_probability
 LOWER = (0.25, 0.1, 0.05)  # thresholds of round 0, if nothing was found from the usual one
 
 
-def starts(coarse_volumes, threshold, place):
+def starts(coarse_volumes, threshold, place, weights=None):
     """Yield (mask, probability, remark) of round 0: the coarse mean's, then those to try if the rounds find nothing.
 
-    place: the box of the organ in training cases, see running.weights.FACTS, or None.
+    place: the box of the organ in training cases, see running.weights.FACTS, or None. weights: of the planes.
     """
-    score = coarse_probability(coarse_volumes)
+    score = coarse_probability(coarse_volumes, weights)
     yield (score >= threshold).astype(np.uint8), score, ''
     for lower in LOWER:
         mask = largest_component(score >= lower)

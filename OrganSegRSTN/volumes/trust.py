@@ -20,11 +20,11 @@ class Watch:
     """Records the signals of a case's rounds; a mask counts as organ from `threshold`.
 
     probes: of how many other starts round 1 is computed, too (0 to 7: widened, then shifted both ways along
-    each axis, by `shift` voxels).
+    each axis, by `shift` voxels). weights: of the planes, see volumes.planes.plane_weights.
     """
 
-    def __init__(self, threshold, probes=0, shift=1):
-        self.threshold, self.probes, self.shift = threshold, probes, shift
+    def __init__(self, threshold, probes=0, shift=1, weights=None):
+        self.threshold, self.probes, self.shift, self.weights = threshold, probes, shift, weights
         self.rounds, self.changes = [], []
 
     def coarse_to_fine(self, coarse_volumes, fine, image, start=None):
@@ -34,7 +34,7 @@ class Watch:
         """
         planes = [Watched(tester, self.threshold) for tester in fine]
         votes, before = [volume >= 255 * self.threshold for volume in coarse_volumes], None
-        for mask, score in coarse_to_fine(coarse_volumes, planes, image, self.threshold, start):
+        for mask, score in coarse_to_fine(coarse_volumes, planes, image, self.threshold, start, self.weights):
             if before is None:
                 first = mask
                 self.rounds.append(round_signals(mask, score, votes))
@@ -46,7 +46,7 @@ class Watch:
                 self.rounds.append(values)
             if len(self.rounds) == 2:
                 self.changes = [
-                    agreement(mask, fine_round(other, before[1], fine, image, self.threshold)[0]).value
+                    agreement(mask, fine_round(other, before[1], fine, image, self.threshold, self.weights)[0]).value
                     if other.any()
                     else None
                     for other in other_starts(before[0], self.shift, self.probes)
