@@ -43,6 +43,7 @@ def main():
         [plane_tester(args, plane, snapshot, TEST, device, tested) for plane, snapshot in zip(PLANES, snapshots)]
         for TEST in 'CF'
     )
+    weights = case_weights(args, tested)
     folder, coarse_folders = rounds_folder(args), [results_folder(args, 'coarse', snapshot) for snapshot in snapshots]
     last = 'P' if args.probability else 0
     require_snapshots(fine, [round_file(folder, last, number) for number in range(1, len(tested) + 1)])
@@ -50,13 +51,14 @@ def main():
     def masks_and_label(number, case):
         begin = time.time()
         label = case.label(args.data_path, args.organ_ID)
-        masks = case_rounds(args, folder, case, number, label.shape, list(zip(coarse_folders, coarse)), fine)
+        found = weights.get(case.image_file)
+        masks = case_rounds(args, folder, case, number, label.shape, list(zip(coarse_folders, coarse)), fine, found)
         print(f'    {case.image_file}: {time.time() - begin:.1f} s', flush=True)
         return masks, label
 
     with first_alone(folder, *coarse_folders):
         if processes.rank() == 0:
-            prepare_folders(args, tested, snapshots, folder, coarse_folders, provenance)
+            prepare_folders(args, tested, snapshots, weights, folder, coarse_folders, provenance)
         if not share_out(tested, masks_and_label):
             return
         cases = []
@@ -70,13 +72,13 @@ def main():
             report_averages(results, cases, args.max_rounds)
 
 
-def prepare_folders(args, tested, snapshots, folder, coarse_folders, provenance):
+def prepare_folders(args, tested, snapshots, weights, folder, coarse_folders, provenance):
     """Prepare the result folder, and those of coarse testing as far as volumes are missing there."""
     coarse = {path: run_settings(args, tested, [name]) for path, name in zip(coarse_folders, snapshots)}
     for path, settings in coarse.items():
         check_folder(path, settings, 'coarse_testing.py --overwrite')
     stop_DSC = 'none' if args.stop_DSC is None else args.stop_DSC
-    settings = run_settings(args, tested, snapshots) | {'stop_DSC': stop_DSC} | weights_settings(args, tested)
+    settings = run_settings(args, tested, snapshots) | {'stop_DSC': stop_DSC} | weights_settings(weights)
     prepare_folder(folder, settings, provenance, args.overwrite)
     for path, settings in coarse.items():
         if len(list(path.glob(f'volumes/{epoch_name(args)}_*.npz'))) < len(tested):
@@ -95,10 +97,10 @@ def parse():
     return arguments.parse(parser)
 
 
-def case_rounds(args, folder, case, number, shape, coarse, fine):
+def case_rounds(args, folder, case, number, shape, coarse, fine, weights):
     """Return the masks of a case's rounds: the stored ones, or new ones that are stored here.
 
-    coarse: [(result folder, PlaneTester)] of the planes.
+    coarse: [(result folder, PlaneTester)] of the planes; weights: their plane_weights.
     """
     masks = stored_rounds(folder, number, shape, args)
     probability = round_file(folder, 'P', number)
@@ -108,7 +110,7 @@ def case_rounds(args, folder, case, number, shape, coarse, fine):
             path.unlink(missing_ok=True)  # they are stored last, so that they always belong to the rounds beside them
         image = case.image(args.data_path)
         volumes = [coarse_volume(args, path, tester, image, number) for path, tester in coarse]
-        masks, score, record = rounds(args, volumes, fine, image, case_weights(args, case))
+        masks, score, record = rounds(args, volumes, fine, image, weights)
         for r, mask in enumerate(masks):
             save_volume(round_file(folder, r, number), mask)
         if args.probability:
@@ -138,7 +140,7 @@ def coarse_volume(args, folder, tester, image, number):
 def rounds(args, coarse_volumes, fine, image, weights):
     """Return (masks of rounds 0, 1, ... until they are finished, mean probability of the last computed round, record).
 
-    The rounds after an empty mask are empty. The record is that of volumes.trust. weights: of the planes.
+    The rounds after an empty mask are empty. The record is that of volumes.trust.
     """
     masks, watch = [], Watch(args.fine_threshold, args.probe, probe_shift(args.crop_margin), weights)
     for mask, score in watch.coarse_to_fine(coarse_volumes, fine, image):

@@ -258,7 +258,7 @@ def test_planes_of_fast_snapshots_weigh_as_their_slices_are_apart_in_testing_and
     for path in folder.glob('*.pkl'):
         state = OrderedDict(tiny_weights())
         state._metadata = {}
-        torch.save(describe(state, recipe='fast', orientation='PLI'), path)
+        torch.save(describe(state, recipe='fast', orientation='PLI', spacing=[3.0, 2.0, 5.0]), path)
     folder = folder.rename(folder.with_name(FOLDER.replace('training_', 'training_fast_')))
     for path in (tested / 'images').iterdir():  # voxels of 3 x 2 x 5 mm
         save_geometry(geometry_file(tested, path.stem), Geometry(PLI, 'position', 'made up', 'NIfTI'))

@@ -12,7 +12,6 @@ from model import bounding_box
 from reporting.pictures import AS_PUBLISHED, COLOURS, INK, anatomy, standing
 from running.data_folder import PLANES
 from running.files import atomic_write, read_volume
-from scans.geometry import known
 from utils import to_unit
 from volumes.planes import plane_view, plane_weights, slice_window
 from volumes.rounds import coarse_probability
@@ -43,7 +42,7 @@ def explain_case(folder, case_id, tested, number, image, geometry, intensity_win
     volumes = [path / 'volumes' / f'{tested.run.epoch}_{number}.npz' for path in coarse]
     if not all(path.exists() for path in (*snapshots, *volumes)):
         return []
-    spacing = geometry.spacing if known(geometry) else None
+    spacing = None if geometry is None else geometry.spacing
     weights = plane_weights('fast' if tested.run.settings.startswith('fast_') else 'published', spacing)
     score = coarse_probability([read_volume(path, image.shape) for path in volumes], weights)
     mask = tested.mask('R0', number, image.shape)

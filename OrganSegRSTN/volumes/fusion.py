@@ -34,18 +34,19 @@ def fuse(args, stage):
     folder = results_folder(args, stage, name)
     sources = [results_folder(args, stage, snapshot) for snapshot in snapshots]
     cases = read_cases(args.data_path, 'testing', args.current_fold)
+    weights = case_weights(args, cases)
     values = {fusion: [] for fusion in FUSIONS}
     with lock_folders(folder), Results(folder, f'{stage}_fusion') as results:
         for source in sources:
             check_cases(source, args.data_path, cases)
-        settings = fusion_settings(sources) | weights_settings(args, cases)
+        settings = fusion_settings(sources) | weights_settings(weights)
         prepare_folder(folder, settings, provenance, args.overwrite)
         results('Fusing results of 1 snapshots:')
         for number, case in enumerate(cases, 1):
             results(f'  Testcase {number}:')
             label = case.label(args.data_path, args.organ_ID)
             files = [source / 'volumes' / f'{epoch}_{number}.npz' for source in sources]
-            masks = stored_fusion(folder / 'volumes', number, files, label.shape, args, case_weights(args, case))
+            masks = stored_fusion(folder / 'volumes', number, files, label.shape, args, weights.get(case.image_file))
             export(args, folder / 'volumes' / f'F2P_{number}.npz', masks['F2P'], case)
             scores = {fusion: DSC_computation(label, masks[fusion]) for fusion in FUSIONS}
             results.add_case(number, case, scores)
@@ -88,12 +89,12 @@ def fusion_masks(volumes, threshold, weights=None):
     """Return {name: mask (W, H, L)} of three planes' volumes (round(255 p), uint8).
 
     X, Y, Z: a plane's probability >= threshold; F1, F2, F3: sum of the probabilities >= 0.5, 1.5, 2.5;
-    F1P, F2P, F3P: these post-processed. weights: of the planes in the sum, 1 on average, by plane_weights.
+    F1P, F2P, F3P: these post-processed. weights: of the planes, see plane_weights; the sum is then three times their mean.
     """
     probabilities = [volume / np.float32(255) for volume in volumes]
-    total = (
-        sum(probabilities) if weights is None else 3 * weighted(probabilities, weights)
-    )  # in the order X, Y, Z, float32
+    total = sum(probabilities)  # in the order X, Y, Z, float32
+    if weights is not None:
+        total = 3 * weighted(probabilities, weights)
     masks = {plane: probability >= threshold for plane, probability in zip(PLANES, probabilities)}
     votes = {f'F{votes}': (total >= votes - 0.5).astype(np.uint8) for votes in (1, 2, 3)}
     processed = {f'{name}P': post_processing(mask.copy(), mask, 0.5, None) for name, mask in votes.items()}

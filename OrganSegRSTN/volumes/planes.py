@@ -36,26 +36,28 @@ def region(mask, reach):
 def plane_weights(recipe, spacing):
     """Return the weights of the planes X, Y, Z in a mean of them, float32 that add up to 1; None: all the same.
 
-    With the fast recipe each weighs as the distance of its slices (`spacing`, mm, or None), so the one with the smallest
-    pixels weighs most.
+    With the fast recipe each plane is weighted by its slice spacing (`spacing`: mm, or None where it is unknown): the plane
+    with the smallest pixels counts most.
     """
     if recipe != 'fast' or spacing is None or np.allclose(spacing, spacing[0], rtol=1e-3):
         return None
     return np.divide(spacing, np.sum(spacing)).astype(np.float32)
 
 
-def case_weights(args, case):
-    """Return the plane_weights of a Case of a data folder."""
-    geometry = None
-    if args.recipe == 'fast':
-        geometry = load_geometry(geometry_file(args.data_path, Path(case.image_file).stem))
-    return plane_weights(args.recipe, geometry.spacing if known(geometry) else None)
+def case_weights(args, cases):
+    """Return {image file: plane_weights} of these cases of a data folder."""
+    weights = {}
+    for case in cases if args.recipe == 'fast' else ():
+        name = Path(case.image_file).stem
+        shape = np.load(Path(args.data_path, case.image_file), mmap_mode='r').shape
+        geometry = load_geometry(geometry_file(args.data_path, name), shape)
+        weights[case.image_file] = plane_weights(args.recipe, geometry.spacing if known(geometry) else None)
+    return weights
 
 
-def weights_settings(args, cases):
-    """Return what these cases' means depend on, for run.json: their weights, where they differ."""
-    weights = {case.image_file: case_weights(args, case) for case in cases}
-    return {f'weights {file}': found.tolist() for file, found in weights.items() if found is not None}
+def weights_settings(weights):
+    """Return the case_weights for run.json."""
+    return {f'weights {file}': 'equal' if found is None else found.tolist() for file, found in weights.items()}
 
 
 class SliceAverage:

@@ -102,7 +102,7 @@ def segment_scan(scan, networks, rounds, stop_DSC, threshold, start=None, probes
     image = np.ascontiguousarray(axes.apply_orientation(scan.image, there))
     start = None if start is None else given(np.ascontiguousarray(axes.apply_orientation(start, there)))
     explain = explain and functools.partial(explain, spacing=spacing)
-    weights = plane_weights(networks.training.recipe, spacing)
+    weights = plane_weights(networks.training.recipe, spacing if networks.training.spacing else None)  # as in testing
     mask, probability, found = find(image, networks, rounds, stop_DSC, threshold, start, probes, explain, warn, weights)
     if not mask.any():
         warn('nothing found, the mask is empty; does the scan look, and lie, like those of the training?')
