@@ -19,7 +19,6 @@ from running.files import load_volume, save_volume
 from running.results import Results, check_folder, prepare_folder, start
 from scans.nifti import export
 from utils import DSC_computation
-from volumes.planes import case_weights, weights_settings
 from volumes.rounds import (
     AGREEMENTS,
     agreement,
@@ -29,7 +28,17 @@ from volumes.rounds import (
     stopped_at,
     stored_rounds,
 )
-from volumes.testing import first_alone, plane_tester, require_snapshots, run_settings, share_out, stored, to_bytes
+from volumes.testing import (
+    case_weights,
+    first_alone,
+    plane_tester,
+    require_snapshots,
+    run_settings,
+    share_out,
+    stored,
+    to_bytes,
+    weights_settings,
+)
 from volumes.trust import PROBES, Watch, probe_shift, record_file, record_of_masks, store_record, stored_record
 
 
@@ -51,8 +60,8 @@ def main():
     def masks_and_label(number, case):
         begin = time.time()
         label = case.label(args.data_path, args.organ_ID)
-        found = weights.get(case.image_file)
-        masks = case_rounds(args, folder, case, number, label.shape, list(zip(coarse_folders, coarse)), fine, found)
+        planes = list(zip(coarse_folders, coarse))
+        masks = case_rounds(args, folder, case, number, label.shape, planes, fine, weights.get(case.image_file))
         print(f'    {case.image_file}: {time.time() - begin:.1f} s', flush=True)
         return masks, label
 

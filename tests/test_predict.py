@@ -253,7 +253,7 @@ def test_as_a_user_runs_it_and_the_same_mask_as_coarse2fine_testing(tested, call
     np.testing.assert_array_equal(mask_of(tested / 'p.nii.gz'), coarse)
 
 
-def test_planes_of_fast_snapshots_weigh_as_their_slices_are_apart_in_testing_and_prediction(tested, call):
+def test_planes_of_fast_snapshots_are_weighted_by_slice_spacing_in_testing_and_prediction(tested, call):
     folder = tested / 'models/snapshots' / FOLDER
     for path in folder.glob('*.pkl'):
         state = OrderedDict(tiny_weights())

@@ -1,6 +1,5 @@
 """The fast recipe beside the published one, and a pretraining that learns crops first and starts again."""
 
-import itertools
 import math
 import random
 import re
@@ -8,7 +7,6 @@ import shutil
 import signal
 import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import BEGIN, FOLDER, coarse2fine_args, pretrain_args, settings, training_args
@@ -21,7 +19,6 @@ import training
 from model import LARGEST_GRADIENT, OUTSIDE, RSTN, ClippedAdam, DiceEntropyLoss, FCN8s, set_rates, smooth_dice
 from running.weights import description, load_weights
 from volumes.planes import plane_weights
-from volumes.rounds import coarse_to_fine
 
 FAST = FOLDER.replace('training_', 'training_fast_')
 EPOCHS = (1, 1, 1, 1)
@@ -133,34 +130,13 @@ def test_two_processes_train_fast(started):
     assert (started / 'models/snapshots' / FAST / 'FD0:ZJ3_1.pkl').exists()
 
 
-# --- planes that weigh as the distance of their slices -------------------------------------------------------------
+# --- planes weighted by their slice spacing ------------------------------------------------------------------------
 
 
-def test_planes_weigh_as_their_slices_are_apart_in_the_fast_recipe_only():
+def test_planes_are_weighted_by_slice_spacing_in_the_fast_recipe_only():
     assert plane_weights('fast', [1, 1, 4]).tolist() == pytest.approx([1 / 6, 1 / 6, 4 / 6])
     assert plane_weights('fast', [2, 2, 2]) is None and plane_weights('fast', None) is None
     assert plane_weights('published', [1, 1, 4]) is None
-
-
-def test_weights_count_in_round_0_and_in_fine_rounds():
-    class Says:
-        reach = 1
-
-        def __init__(self, value):
-            self.value = np.float32(value)
-
-        def predict(self, image, score, mask):
-            return np.full_like(score, self.value)
-
-    coarse = [np.full((1, 1, 2), value, np.uint8) for value in (255, 0, 51)]
-    weights = plane_weights('fast', [3, 1, 1])
-    (_, first), (_, second) = itertools.islice(
-        coarse_to_fine(coarse, [Says(0.5), Says(1), Says(0)], coarse[0], 0.5, weights=weights), 2
-    )
-    assert first.dtype == second.dtype == np.float32
-    assert first.ravel().tolist() == pytest.approx([0.64, 0.64]) and second.ravel().tolist() == pytest.approx(
-        [0.5, 0.5]
-    )
 
 
 # --- varied slices -------------------------------------------------------------------------------------------------

@@ -369,6 +369,15 @@ def test_a_round_is_seen_with_the_mean_score_and_the_processed_mask_of_the_one_b
     np.testing.assert_allclose(rounds[1][1], one_row(0.6, 0.6, 0, 0, 0, 0, 0.5, 0, 0), atol=1e-6)
 
 
+def test_weights_of_the_planes_count_in_round_0_and_in_fine_rounds():
+    coarse = [in_bytes(255), in_bytes(0), in_bytes(51)]
+    fine = [Says(one_row(0.5)), Says(one_row(1)), Says(one_row(0))]
+    weights = np.array([0.6, 0.2, 0.2], np.float32)
+    (_, first), (_, second) = itertools.islice(coarse_to_fine(coarse, fine, coarse[0], 0.5, weights=weights), 2)
+    assert first.dtype == second.dtype == np.float32
+    assert (first.item(), second.item()) == pytest.approx((0.64, 0.5))
+
+
 def test_small_components_are_removed_from_every_fine_round_but_not_from_round_0():
     says = Says(one_row(1, 1, 1, 0, 1, 0, 0, 0, 0, 0))
     coarse = [in_bytes(255, 255, 255, 0, 255, 0, 0, 0, 0, 0)] * 3

@@ -9,8 +9,8 @@ from running.processes import rank
 from running.results import Results, check_cases, lock_folders, prepare_folder, read_settings, start_without_network
 from scans.nifti import export
 from utils import DSC_computation, post_processing
-from volumes.planes import case_weights, weights_settings
 from volumes.rounds import weighted
+from volumes.testing import case_weights, weights_settings
 
 FUSIONS = [*PLANES, 'F1', 'F2', 'F3', 'F1P', 'F2P', 'F3P']
 

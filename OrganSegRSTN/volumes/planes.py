@@ -1,12 +1,9 @@
 """A volume (W, H, L) along the planes X, Y or Z: slices, slice windows and their average (section 3.3)."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from running.data_folder import PLANES
-from scans.geometry import geometry_file, known, load_geometry
 
 
 def plane_view(volume, plane):
@@ -42,22 +39,6 @@ def plane_weights(recipe, spacing):
     if recipe != 'fast' or spacing is None or np.allclose(spacing, spacing[0], rtol=1e-3):
         return None
     return np.divide(spacing, np.sum(spacing)).astype(np.float32)
-
-
-def case_weights(args, cases):
-    """Return {image file: plane_weights} of these cases of a data folder."""
-    weights = {}
-    for case in cases if args.recipe == 'fast' else ():
-        name = Path(case.image_file).stem
-        shape = np.load(Path(args.data_path, case.image_file), mmap_mode='r').shape
-        geometry = load_geometry(geometry_file(args.data_path, name), shape)
-        weights[case.image_file] = plane_weights(args.recipe, geometry.spacing if known(geometry) else None)
-    return weights
-
-
-def weights_settings(weights):
-    """Return the case_weights for run.json."""
-    return {f'weights {file}': 'equal' if found is None else found.tolist() for file, found in weights.items()}
 
 
 class SliceAverage:

@@ -38,7 +38,10 @@ def fine_round(mask, score, fine, image, threshold, weights=None):
 
 
 def coarse_probability(volumes, weights=None):
-    """Return the mean (W, H, L) float32 of the planes' stored volumes (uint8): the sum of the bytes over 765."""
+    """Return the mean (W, H, L) float32 of the planes' stored volumes (uint8): the sum of the bytes over 765.
+
+    weights: of the planes; None: all the same.
+    """
     if weights is not None:
         return weighted(volumes, weights / np.float32(255))
     return sum(volume.astype(np.float32) for volume in volumes) / np.float32(255 * len(volumes))

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +22,10 @@ from running.data_folder import (
 from running.files import load_volume, save_volume
 from running.results import Checksums, Results, case_settings, lock_folders, prepare_folder, start
 from running.weights import missing_weights
+from scans.geometry import geometry_file, known, load_geometry
 from scans.nifti import export
 from utils import DSC_computation, for_device, to_unit
-from volumes.planes import SliceAverage, plane_view, slice_window
+from volumes.planes import SliceAverage, plane_view, plane_weights, slice_window
 
 PIXELS_AT_ONCE = {'cpu': 2**17, 'cuda': 2**20}  # of the slice windows in a batch
 SALIENCY_REACH = 3  # pixels: of its convolutions of 3 x 3 and 5 x 5
@@ -212,6 +214,22 @@ def run_settings(args, cases, snapshots, kinds=('image_file',)):
     settings |= {f'snapshot {path.name}': checksum(path) for path in paths}
     checksum.save()
     return settings | case_settings(args.data_path, cases, kinds)
+
+
+def case_weights(args, cases):
+    """Return {image file: plane_weights} of these cases of a data folder."""
+    weights = {}
+    for case in cases if args.recipe == 'fast' else ():
+        name = Path(case.image_file).stem
+        shape = np.load(Path(args.data_path, case.image_file), mmap_mode='r').shape
+        geometry = load_geometry(geometry_file(args.data_path, name), shape)
+        weights[case.image_file] = plane_weights(args.recipe, geometry.spacing if known(geometry) else None)
+    return weights
+
+
+def weights_settings(weights):
+    """Return the case_weights for run.json."""
+    return {f'weights {file}': 'equal' if found is None else found.tolist() for file, found in weights.items()}
 
 
 def require_snapshots(testers, volumes):
