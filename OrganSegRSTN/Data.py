@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from running.data_folder import Slice, read_cases, read_list, slice_list
 from running.files import load_array
+from running.processes import send
 from running.results import Checksums, revision
 from running.weights import seen_cases
 from scans.geometry import axis_codes, geometry_file, known, load_geometry
@@ -89,11 +90,11 @@ class DataLayer(Dataset):
 
     def on_device(self, device, image, label):
         """Return a stored sample on a device: float32, the image in [0, 1]."""
-        return self.unit_on(device, image), label.to(device, non_blocking=True).float()  # converted there
+        return self.unit_on(device, image), send(label, device).float()  # converted there
 
     def unit_on(self, device, image):
         """Return the stored image of a sample, or of a batch, on a device: float32 in [0, 1]."""
-        return to_unit(image.to(device, non_blocking=True), *self.intensity_window)
+        return to_unit(send(image, device), *self.intensity_window)
 
     def stack(self, files):
         """Return the slices in these files, (n, A, B)."""

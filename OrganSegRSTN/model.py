@@ -27,6 +27,7 @@ class FCN8s(nn.Module):
     """
 
     dtype = None
+    backgrounds = None  # a dict: ring.py keeps what it knows of weights that no longer change
 
     def __init__(self, n_class, width=64):
         super().__init__()
@@ -346,4 +347,7 @@ def load_RSTN(path, TEST, thickness, crop_margin, device, precision='fp32', fact
         raise ValueError(f'{path}: {lost[0]} is not finite: the training diverged, or the file is damaged')
     net.load_state_dict({key: state[key].float() for key in used}, assign=True)
     set_precision(net, precision, store=True)
+    for part in net.modules():
+        if isinstance(part, FCN8s):
+            part.backgrounds = {}
     return net.to(device).eval()

@@ -199,8 +199,9 @@ def new_model(args, active):
     classes, thickness = len(active[0][1]), args.slice_thickness
     if args.start is None:
         model = FCN8s(classes, args.width)
-        samples = [active.datasets[0].on_device('cpu', *active[random.randrange(len(active))]) for _ in range(CROPS)]
-        model.unit_variance(crops(samples, 2 * args.crop_margin, thickness, vary=False)[0])
+        samples = [active[random.randrange(len(active))] for _ in range(CROPS)]
+        on_device = functools.partial(active.datasets[0].on_device, 'cpu')
+        model.unit_variance(crops(samples, on_device, 2 * args.crop_margin, thickness, vary=False)[0])
         standardize(model)
         return model
     weights = {key: value for key, value in load_weights(args.start).items() if not key.startswith(SCORE_LAYERS)}
@@ -311,29 +312,30 @@ def batch(args, sample, index, done, active, whole, device):
     does not find it for thousands of steps. Then, for the coarse network, crops, active slices and any slices in turn.
     """
     vary, on_device = done >= VARIED_FROM, functools.partial(active.datasets[0].on_device, device)
-    image, label = on_device(*(tensor[0] for tensor in sample))
+    stored = [tensor[0] for tensor in sample]
     if done < CROPS_FIRST or index % 3 == 1:
-        others = (active[random.randrange(len(active))] for _ in range(CROPS - 1))
-        samples = [(image, label), *(on_device(*other) for other in others)]
-        return crops(samples, 2 * args.crop_margin, args.slice_thickness, vary)
+        samples = [stored, *(active[random.randrange(len(active))] for _ in range(CROPS - 1))]
+        return crops(samples, on_device, 2 * args.crop_margin, args.slice_thickness, vary)
     if index % 3 == 2:
-        image, label = on_device(*whole[random.randrange(len(whole))])
+        stored = whole[random.randrange(len(whole))]
+    image, label = on_device(*stored)
     if vary:
         image, label = varied(image, label)
     return image[None], label[None]
 
 
-def crops(samples, margin, thickness, vary):
-    """Return a batch of crops of one size around the organ of each sample, with margins from 0 to `margin`."""
+def crops(samples, on_device, margin, thickness, vary):
+    """Return a batch of crops of one size around the organ of each stored sample, with margins from 0 to `margin`."""
     boxes = [
-        bounding_box(label[:thickness] >= 0.5, [random.randint(0, margin) for _ in range(4)])
+        bounding_box(label[:thickness] > 0, [random.randint(0, margin) for _ in range(4)])
         or (0, label.shape[1], 0, label.shape[2])
         for _, label in samples
     ]
     least = [min(image.shape[axis] for image, _ in samples) for axis in (1, 2)]
     size = [min(max(box[i + 1] - box[i] for box in boxes), n) for i, n in zip((0, 2), least)]
     cropped = []
-    for (image, label), own in zip(samples, boxes):
+    for sample, own in zip(samples, boxes):
+        image, label = on_device(*sample)
         box = placed(own, size, image.shape[1:])
         cropped.append(varied(image, label, box) if vary else (crop(image, box), crop(label, box)))
     return [torch.stack(tensors) for tensors in zip(*cropped)]

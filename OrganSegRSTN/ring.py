@@ -23,9 +23,12 @@ and max pooling commutes with subtracting a constant. So is air around the body,
 testing, and images of several sizes can share a canvas of deviations. conv5_1 and after see the sum of the two. fc6 is computed as the
 matrix product that it is: as a convolution to a few pixels it spends its time on rearranging 100 M weights.
 
-Everything is differentiable and nothing is remembered between calls: these are the plain network's logits and gradients
-(Long et al., CVPR 2015), at 0.4 of its operations for 96 x 96 pixels and 0.7 for 512 x 512.
+Everything is differentiable: these are the plain network's logits and gradients (Long et al., CVPR 2015), at 0.4 of its
+operations for 96 x 96 pixels and 0.7 for 512 x 512. Only a network that `load_RSTN` made for testing, whose weights stay
+as they are, remembers its backgrounds between calls.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +45,12 @@ def pays(net, x):
     This is an estimate until tests/gpu.py has measured it.
     """
     strict = net.dtype in (None, torch.float32) and not torch.backends.cudnn.allow_tf32
-    return not x.is_cuda or strict
+    return not on_card(x) or strict
+
+
+def on_card(x):
+    """Return whether a tensor is on a CUDA device."""
+    return x.is_cuda
 
 
 def features(net, x):
@@ -70,35 +78,72 @@ def features_of_sizes(net, groups):
 def early_blocks(net, groups):
     """Return [pool3, pool4] of groups of images: (N, channels, ~(A + 198) / 8, ~(B + 198) / 8), and the same at 1/16.
 
-    The deviation of all images is on one canvas: beyond the smaller ones it is 0, as it is in their padding. Backgrounds
-    differ only by the size modulo 16.
+    The deviation of all images is on one canvas: beyond the smaller ones it is 0, as it is in their padding.
     """
     counts = [len(x) for x in groups]
-    sizes = [[n + 2 * PADDING - 2 for n in x.shape[2:]] for x in groups]  # of the plain network's activations
-    kinds = [tuple(n % 16 for n in size) for size in sizes]
-    examples = dict(zip(kinds, sizes))  # a size of each kind, as good as any
-    rim = -1  # conv1_1's own padding is 0 like its input: no rim
-    backgrounds = dict.fromkeys(examples, groups[0].new_zeros(1, 3, 1, 1))
+    sizes = [tuple(n + 2 * PADDING - 2 for n in x.shape[2:]) for x in groups]  # of the plain network's activations
+    layers = [
+        [_weights(net, block, conv, groups[0].dtype) for conv in range(convs)]
+        for block, convs in enumerate(CONVS[:4], 1)
+    ]
+    backgrounds = backgrounds_of(net, layers, sizes, groups[0])
+    levels = iter(backgrounds[-1].levels)  # the same in each of them
     deviation, start = on_a_canvas(groups)
     pools = []
-    for block, convs in enumerate(CONVS[:4], 1):
-        rim += convs
-        for kind, size in examples.items():
-            backgrounds[kind] = stretch(backgrounds[kind], [2 * (rim + 2) - n % 2 for n in size])
+    for block, weights in enumerate(layers, 1):
+        convs = len(weights)
         deviation, start = align(deviation, start, convs)
         layout = torch.channels_last if block < 4 else torch.contiguous_format  # the faster one of large maps, of small
         deviation = deviation.contiguous(memory_format=layout)
-        for conv in range(convs):
-            deviation = convolve(*_weights(net, block, conv, deviation.dtype), backgrounds, deviation)
+        for weight, _ in weights:
+            deviation = convolve(deviation, weight, next(levels))
         deviation = F.max_pool2d(deviation, 2)
-        for kind, size in examples.items():
-            backgrounds[kind] = F.max_pool2d(backgrounds[kind], 2, ceil_mode=True)
-            examples[kind] = halved(size)
-        start, rim, sizes = [(s - convs) // 2 for s in start], (rim + 1) // 2, [halved(size) for size in sizes]
+        start, sizes = [(s - convs) // 2 for s in start], [halved(size) for size in sizes]
         if block >= 3:
-            parts = zip(kinds, deviation.split(counts), sizes)
-            pools.append([assemble(backgrounds[kind], part, start, size) for kind, part, size in parts])
+            parts = zip(backgrounds, deviation.split(counts), sizes)
+            pools.append([assemble(background.pools[block], part, start, size) for background, part, size in parts])
     return list(zip(*pools))
+
+
+class Background(NamedTuple):
+    """What blocks 1 to 4 make of no image, on canvases of 5 to 16 pixels."""
+
+    levels: list  # of each convolution, before its ReLU: (channels,)
+    pools: dict  # after block 3 and block 4: (1, channels, a, b)
+
+
+def backgrounds_of(net, layers, sizes, like):
+    """Return the Background of each size of activations, which differ by the size modulo 16 only.
+
+    layers: weight and bias of the convolutions of each block; like: a tensor of their precision and device.
+    """
+    kinds = [tuple(n % 16 for n in size) for size in sizes]
+    if net.backgrounds is None:
+        found = {kind: make_background(layers, size, like) for kind, size in dict(zip(kinds, sizes)).items()}
+        return [found[kind] for kind in kinds]
+    for kind, size in zip(kinds, sizes):
+        if kind not in net.backgrounds:
+            with torch.inference_mode(False), torch.no_grad():
+                net.backgrounds[kind] = make_background(layers, size, like)
+    return [net.backgrounds[kind] for kind in kinds]
+
+
+def make_background(layers, size, like):
+    """Return the Background of a size of activations, see backgrounds_of."""
+    background, levels, pools = like.new_zeros(1, 3, 1, 1), [], {}
+    rim = -1  # conv1_1's own padding is 0 like its input: no rim
+    for block, weights in enumerate(layers, 1):
+        rim += len(weights)
+        background = stretch(background, [2 * (rim + 2) - n % 2 for n in size])
+        for weight, bias in weights:
+            background = F.conv2d(background, weight, bias, padding=1)
+            levels.append(background[0, :, background.shape[2] // 2, background.shape[3] // 2])
+            background = F.relu(background)
+        background = F.max_pool2d(background, 2, ceil_mode=True)
+        if block >= 3:
+            pools[block] = background
+        rim, size = (rim + 1) // 2, halved(size)
+    return Background(levels, pools)
 
 
 def halved(size):
@@ -113,7 +158,7 @@ def on_a_canvas(groups):
     multiples of 16, so that few shapes occur.
     """
     height, width = (max(x.shape[axis] for x in groups) for axis in (2, 3))
-    cuda = groups[0].is_cuda
+    cuda = on_card(groups[0])
     if cuda:
         height, width = height + -height % 16, width + -width % 16
     canvas = torch.cat([F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2])) for x in groups])
@@ -125,14 +170,8 @@ def on_a_canvas(groups):
     return canvas[:, :, a0 : a1 + 1, b0 : b1 + 1], [PADDING - 1 + a0, PADDING - 1 + b0]
 
 
-def convolve(weight, bias, backgrounds, deviation):
-    """Convolve (3 x 3, then ReLU) the backgrounds, and the deviation, which grows a pixel on each side."""
-    for kind, background in backgrounds.items():
-        backgrounds[kind] = F.conv2d(background, weight, bias, padding=1)
-    *_, background = backgrounds.values()
-    level = background[0, :, background.shape[2] // 2, background.shape[3] // 2]  # the same in each of them
-    for kind, background in backgrounds.items():
-        backgrounds[kind] = F.relu(background)
+def convolve(deviation, weight, level):
+    """Convolve (3 x 3, then ReLU) a deviation from `level`, which grows a pixel on each side."""
     deviation = F.conv2d(deviation, weight, level, padding=2)
     level = F.relu(level)[:, None, None]
     if deviation.requires_grad:

@@ -25,8 +25,8 @@ from running.results import start
 from running.weights import check_shapes, describe, description, load_weights, missing_weights
 
 
-def main(wrap=lambda model, mode, recipe: model):
-    """Train; wrap(model, mode, recipe) returns the model that takes the steps of a mode (see training_parallel.py)."""
+def main(wrap=lambda model, mode: model):
+    """Train; wrap(model, mode) returns the model that takes the steps of a mode (see training_parallel.py)."""
     args = parse()
     processes.quiet()
     args.precision = processes.pick_precision(args.precision, processes.pick_device(args.GPU_ID))
@@ -92,7 +92,7 @@ def train(args, run, state, device, wrap):
     try:
         for mode, epoch in run.epochs(schedule(args)):
             if mode not in wrapped:
-                wrapped = {mode: wrap(model, mode, recipe)}
+                wrapped = {mode: wrap(model, mode)}
             train_epoch(args, run, mode, epoch, wrapped[mode], optimizer, slices, recipe)
             end_epoch(args, run, mode, epoch, model, optimizer, recipe)
     except script.Terminated:
@@ -317,9 +317,11 @@ def train_step(model, optimizer, mode, image, label, criterion=None):
 
 def coarse_step(model, optimizer, image, label):
     """Take one step of the coarse network only."""
+    model = getattr(model, 'module', model)  # a DistributedDataParallel would wait for the gradients of all networks
     optimizer.zero_grad()
     (logits,) = model(image, label, 'C', logits=True)
     DiceEntropyLoss()(logits, label).backward()
+    processes.average_gradients(model.coarse_model)
     optimizer.step()
 
 
@@ -336,7 +338,6 @@ def convergence(mode, avg):
 class Published:
     """Section 4.1: SGD on the soft Dice of the slices as they are; the rates halve in mode J."""
 
-    coarse_steps = False  # whether some steps are of the coarse network only
     make_optimizer = staticmethod(make_optimizer)
 
     def __init__(self, args, slices, device):
@@ -359,8 +360,6 @@ class Fast(Published):
 
     In three of seven steps the coarse network learns from any slice as well: most slices are without the organ.
     """
-
-    coarse_steps = True
 
     def __init__(self, args, slices, device):
         super().__init__(args, slices, device)

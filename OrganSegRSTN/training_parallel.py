@@ -31,17 +31,13 @@ def main():
     training.main(distribute)
 
 
-def distribute(model, mode, recipe):
+def distribute(model, mode):
     """Return the model, whose gradients are averaged over all processes in every step of a mode."""
     if processes.world_size() == 1:
         return model
     for layer in (model.saliency1, model.saliency2):
         layer.requires_grad_(mode != 'S')  # mode S does not use them
-    return DistributedDataParallel(
-        model,
-        find_unused_parameters=recipe.coarse_steps,  # otherwise every step uses every parameter
-        gradient_as_bucket_view=True,
-    )
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 if __name__ == '__main__':

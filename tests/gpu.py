@@ -9,10 +9,11 @@ plain network on the CPU.
 
 import argparse
 import contextlib
+import copy
 import functools
 import json
+import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -29,10 +30,10 @@ import torch
 import ring
 import training_parallel
 from Data import DataLayer, varied
-from model import RSTN, DSC_loss, FCN8s, set_precision
+from model import RSTN, DiceEntropyLoss, DSC_loss, FCN8s, load_RSTN, set_precision
 from running import processes, script
 from running.weights import load_weights
-from training import make_optimizer, train_step
+from training import coarse_step, make_optimizer, train_step
 from utils import DSC_computation, to_unit
 from volumes.planes import slice_window
 from volumes.rounds import coarse_probability, coarse_to_fine
@@ -152,19 +153,14 @@ def busy_share(args, work):
 
 
 @functools.cache
-def weights(width):
-    """Return the golden recipe's state dict at a width: its planted path segments bright organs."""
+def golden_snapshot(width):
+    """Return (folder that is removed at the end, snapshot of the golden recipe): its planted path segments bright organs."""
+    folder = tempfile.TemporaryDirectory(prefix='gpu_')
+    path = Path(folder.name, 'FD0:ZJ3_1.pkl')
     with torch.device('meta'):
         shapes = {key: tensor.shape for key, tensor in RSTN(width=width).state_dict().items()}
-    return {key: torch.from_numpy(array) for key, array in golden_case.recipe.weights(shapes, 7).items()}
-
-
-def golden_RSTN(args, **settings):
-    """Return an RSTN of the golden weights."""
-    with torch.device('meta'):
-        net = RSTN(MARGIN, width=args.width, **settings)
-    net.load_state_dict({key: tensor.clone() for key, tensor in weights(args.width).items()}, assign=True)
-    return net
+    torch.save({key: torch.from_numpy(array) for key, array in golden_case.recipe.weights(shapes, 7).items()}, path)
+    return folder, path
 
 
 def network(args, TEST, precision='fp32', device=None):
@@ -172,9 +168,7 @@ def network(args, TEST, precision='fp32', device=None):
     device = device or args.device
     if device.type == 'cuda':
         processes.set_up_CUDA(precision, None)
-    net = golden_RSTN(args, TEST=TEST).eval()
-    set_precision(net, precision, store=True)
-    return net.to(device)
+    return load_RSTN(golden_snapshot(args.width)[1], TEST, 3, MARGIN, device, precision)
 
 
 def testers(args, TEST, precision='fp32', device=None):
@@ -264,7 +258,8 @@ def steps_on(args, device, record):
     if device.type == 'cuda':
         processes.set_up_CUDA('fp32', None)
     image, label = case(1)
-    model = golden_RSTN(args, crop_prob=0)
+    model = RSTN(MARGIN, crop_prob=0, width=args.width)
+    model.load_state_dict(load_weights(golden_snapshot(args.width)[1]))
     for layer in model.modules():
         if isinstance(layer, torch.nn.Dropout2d):
             layer.p = 0
@@ -327,9 +322,18 @@ def ring_or_plain(args):
             assert difference < (1e-4 if precision == 'fp32' else 0.1), (
                 f'{precision} {n}: logits differ by {difference}'
             )
+            if args.device.type == 'cuda':
+                last = copy.deepcopy(net).to(memory_format=torch.channels_last)
+                y = x.contiguous(memory_format=torch.channels_last)
+                with plain():
+                    ways['plain, channels last'] = 1e3 * seconds_of(args, lambda net=last, x=y: net(x))
             found[f'{precision} {n}'] = ways
             if ring.pays(net, x) != (ways['ring'] < ways['plain']):
                 wrong.append(f'{precision} {n}')
+        windows = [torch.rand(3, args.crop + 5 * i, args.crop + 3 * i, device=args.device) for i in range(8)]
+        found[f'{precision} eight windows'] = {'ring': 1e3 * seconds_of(args, lambda: net.several(windows))}
+        with plain():
+            found[f'{precision} eight windows']['plain'] = 1e3 * seconds_of(args, lambda: net.several(windows))
     return found | {'pays_is_wrong_for': wrong}
 
 
@@ -357,19 +361,19 @@ def times(args):
         one['fine round'] = seconds_of(args, a_round, 1) - round_0
         one['busy, fine round'] = busy_share(args, a_round)
         found[precision] = one
-    return found
+    return found | {'asked of an H100': {'step 512': 0.01, 'coarse, three planes': 1.5, 'ten fine rounds': 4}}
 
 
 def training_work(args, precision, n):
-    """Return a step in mode J on a slice of n x n, as a function."""
+    """Return a step in mode I on a slice of n x n, always with the same box, as a function."""
     if args.device.type == 'cuda':
         processes.set_up_CUDA(precision, None)
-    model = RSTN(width=args.width).train().to(args.device)
+    model = RSTN(crop_prob=0, width=args.width).train().to(args.device)
     set_precision(model, precision)
     optimizer = make_optimizer(model, '1e-5', '10')
     image, label = torch.rand(1, 3, n, n, device=args.device), torch.zeros(1, 3, n, n)
     label[:, :, n // 3 : n // 2, n // 3 : n // 2] = 1
-    return lambda: train_step(model, optimizer, 'J', image, label)
+    return lambda: train_step(model, optimizer, 'I', image, label)
 
 
 def body(shape):
@@ -427,7 +431,7 @@ def differs(one, other):
 
 
 def seed_and_resume(args):
-    """Run training.py twice with one seed, and stopped and resumed: the same bits."""
+    """Run training.py twice with one seed, and killed and resumed: the same bits."""
     with training_folder(args) as (data, settings):
         for timestamp in ('20260101_000001', '20260101_000002'):
             process_memory.run('training.py', *settings, timestamp, '--seed', 1)
@@ -436,10 +440,10 @@ def seed_and_resume(args):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             if 'ZI Epoch' in line:
-                process.send_signal(signal.SIGTERM)
+                process.kill()
                 break
         process.stdout.read()
-        assert process.wait() == 143, f'a stopped training ended with {process.returncode}, not 143'
+        process.wait()
         resumed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         assert 'resumed from' in resumed
         first, *others = (snapshot(data, f'20260101_00000{i}') for i in (1, 2, 3))
@@ -477,30 +481,39 @@ def two_processes(args):
 
 
 def worker(args):
-    """Run one of two processes: three steps, a mode each, with the gradients averaged; rank 0 compares and prints."""
+    """Run one of two processes: a step of each mode and one of the coarse network, with the gradients averaged.
+
+    Rank 0 compares and prints.
+    """
     if args.device.type == 'cuda':
         torch.cuda.set_device(args.device)
         processes.set_up_CUDA('fp32', None)
     samples = [(torch.rand(1, 3, 40, 36), (torch.rand(1, 3, 40, 36) > 0.7).float()) for _ in range(2)]
     torch.distributed.init_process_group('gloo')
     torch.distributed.broadcast_object_list(samples)
+    samples = [[tensor.to(args.device) for tensor in sample] for sample in samples]
     models = []
     for parallel in (True, False):
         torch.manual_seed(0)
         model = RSTN(crop_prob=0, width=args.width).to(args.device).eval()
         optimizer = make_optimizer(model, '1e-3', '10')
-        for mode in 'SIJ':
-            recipe = argparse.Namespace(coarse_steps=False)
-            wrapped = training_parallel.distribute(model, mode, recipe) if parallel else model
+        wrapped = model
+        for mode in 'SICJ':
             if parallel:
-                image, label = samples[processes.rank()]
-                train_step(wrapped, optimizer, mode, image.to(args.device), label)
+                if mode == 'C':
+                    coarse_step(wrapped, optimizer, *samples[processes.rank()])
+                else:
+                    wrapped = training_parallel.distribute(model, mode)
+                    train_step(wrapped, optimizer, mode, *samples[processes.rank()])
                 continue
-            model.requires_grad_(True)
             optimizer.zero_grad()
             for image, label in samples:
-                coarse, fine = (DSC_loss()(p, label.to(args.device)) for p in model(image.to(args.device), label, mode))
-                ((coarse + 2 * fine) / 6).backward()
+                if mode == 'C':
+                    loss = DiceEntropyLoss()(*model(image, label, mode, logits=True), label)
+                else:
+                    coarse, fine = (DSC_loss()(p, label) for p in model(image, label, mode))
+                    loss = (coarse + 2 * fine) / 3
+                (loss / 2).backward()
             optimizer.step()
         models.append(model)
     difference = differs(*(model.state_dict() for model in models))
@@ -529,11 +542,13 @@ def exhaust(args):
 
 
 def missing_device(args):
-    """Check that a device that is not there, or given twice, is one line, exit code 1."""
+    """Check that a device that is not there, given twice, or hidden, is one line, exit code 1."""
     found = {}
-    for GPU_ID in ['0,0'] if args.device.type == 'cpu' else ['99', '0,0']:
+    hidden = {'CUDA_VISIBLE_DEVICES': ''}
+    tried = [('0,0', {})] if args.device.type == 'cpu' else [('99', {}), ('0,0', {}), ('0', hidden)]
+    for GPU_ID, more in tried:
         command = [sys.executable, process_memory.CODE / 'pretrain.py', '.', 0, 1, *WINDOW, 0.98, 3, 1, GPU_ID, 1]
-        done = subprocess.run([*map(str, command)], check=False, capture_output=True, text=True)
+        done = subprocess.run([*map(str, command)], check=False, capture_output=True, text=True, env=os.environ | more)
         assert done.returncode == 1 and done.stderr.count('\n') == 1, done.stderr
         found[GPU_ID] = done.stderr.strip()
     return found

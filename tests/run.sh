@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash tests/run.sh [pytest arguments]: set up what is missing, then format check, lint and tests, from any folder.
+# bash tests/run.sh [pytest arguments]: set up what is missing, then format check, lint and tests, from any folder; gpu.py, too.
 # PYTHON=... bash tests/run.sh uses an environment of your own and installs nothing. Paths in the arguments are seen
 # from the repository, as in: bash tests/run.sh tests/test_slices.py -k window
 set -euo pipefail
@@ -26,4 +26,5 @@ fi
 
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m ruff check .
-exec "$PYTHON" -m pytest "$@"
+"$PYTHON" -m pytest "$@"
+(($#)) || exec "$PYTHON" tests/gpu.py  # without arguments

@@ -20,6 +20,7 @@ SHAPE = (28, 32, 14)  # voxels of a case: 50 kB in float32
 WIDTH, ROUNDS = 4, 2
 ALLOWED = {'init': 128e3}  # bytes a case that may stay: init.py keeps its 74 slices' list lines until it writes them
 ALLOWED_ELSE = 8e3  # with NOISE, over 200 cases, about two float32 volumes a case
+BRIEFLY = 2  # files, one read and one written: a fast stage is looked at a few times a case
 NOISE = 10e6  # bytes: what the memory allocator takes and gives back at its own times; 9 MB was seen
 
 
@@ -56,7 +57,7 @@ def soak(cases):
 
 
 class Looks:
-    """Looks at a running process: {cases done: (least resident bytes, open files)}; called often."""
+    """Looks at a running process: {cases done: (least resident bytes, fewest open files)}; called often."""
 
     def __init__(self, files):
         self.files, self.seen = files, {}
@@ -69,8 +70,8 @@ class Looks:
         except OSError:  # it has just ended
             return
         if memory:
-            least, _ = self.seen.get(done, (memory, 0))
-            self.seen[done] = (min(memory, least), opened)
+            before = self.seen.get(done, (memory, opened))
+            self.seen[done] = (min(memory, before[0]), min(opened, before[1]))
 
 
 def growth(stage, seen, cases):
@@ -79,7 +80,7 @@ def growth(stage, seen, cases):
     memory = [min(memory for memory, _ in looks) for looks in quarters]
     files = [min(opened for _, opened in looks) for looks in quarters]
     allowed = NOISE + ALLOWED.get(stage, ALLOWED_ELSE) * cases / 2  # between the middles of the two quarters
-    more = memory[1] - memory[0] > allowed or files[1] - files[0] > 1  # 1: a file that is just being written
+    more = memory[1] - memory[0] > allowed or files[1] - files[0] > BRIEFLY
     return {'memory': memory, 'files': files, 'looks': len(seen), 'grows': more}
 
 

@@ -253,6 +253,8 @@ def test_without_a_card_the_CPU_is_taken_and_said(monkeypatch, capsys):
         (None, None, '', 'is built without CUDA; install another'),
         ('13.0', '', '', "CUDA_VISIBLE_DEVICES is ''; unset it"),
         ('13.0', '0', 'The NVIDIA driver on your system is too old (found version 12020).', 'is too old for CUDA 13.0; update it'),
+        ('13.0', '0', 'No CUDA GPUs are available', "CUDA_VISIBLE_DEVICES is '0'; unset it"),
+        ('13.0', '0', 'CUDA unknown error. See the manual', r'no card is visible .CUDA unknown error.; start'),
         ('13.0', None, 'No CUDA GPUs are available', 'no card is visible .+ --gpus all'),
     ],
 )  # fmt: skip
@@ -340,7 +342,9 @@ def test_with_a_seed_operations_that_are_not_repeatable_are_named_in_the_log(mon
             'free. Process 7 has 9 GiB memory in use. If reserved but unallocated memory is large try …'
         ),
         'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`',
+        'CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`',
         'cuDNN error: CUDNN_STATUS_ALLOC_FAILED',
+        'cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED',
     ],
 )
 def test_too_little_memory_is_a_line_with_what_was_needed_and_what_lowers_it(text):
@@ -350,6 +354,15 @@ def test_too_little_memory_is_a_line_with_what_was_needed_and_what_lowers_it(tex
     assert line.endswith('; less is needed with --precision bf16 (PRECISION) or a narrower network (PRETRAINING_WIDTH)')
     assert line.startswith(text.partition(' Process')[0].rstrip('.'))
     assert 'reserved' not in line
+
+
+def test_too_little_memory_without_a_size_says_what_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: (2**30 // 4, 12 * 2**30))
+    line = script.message_of(RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'))
+    assert 'CUDNN_STATUS_ALLOC_FAILED (0.2 of 12.0 GiB are free); less is needed' in line
+    line = script.message_of(RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB.'))
+    assert 'are free' not in line
 
 
 def test_another_RuntimeError_is_a_mistake_in_this_code():

@@ -249,7 +249,7 @@ def test_crops_hold_the_organ_and_have_one_size():
         label[3:] = 1  # another organ
         samples.append((label[:3] * 0.5, label))
     for _ in range(10):
-        image, label = pretrain.crops(samples, 8, thickness=3, vary=False)
+        image, label = pretrain.crops(samples, lambda *sample: sample, 8, thickness=3, vary=False)
         assert image.shape[0] == 3 and image.shape[2:] == label.shape[2:]
         assert label[:, :3].sum((1, 2, 3)).tolist() == [3 * 24] * 3, 'no pixel of the organ is cut off'
 

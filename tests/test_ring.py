@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ring
-from model import DTYPES, FCN8s, set_precision
+from model import DTYPES, RSTN, FCN8s, load_RSTN, set_precision
 
 
 class PlainFCN8s(FCN8s):
@@ -97,6 +97,18 @@ def test_images_of_several_sizes_have_the_logits_that_each_has_alone(dtype, tole
             assert distance(mine, plain(one[None])[0]) < tolerance
 
 
+def test_sizes_that_grow_to_multiples_of_16_on_a_card_change_nothing(monkeypatch):
+    plain, fast = twins(width=8)
+    images = [image(3, *size) for size in ((33, 50), (20, 9), (48, 64))]
+    monkeypatch.setattr(ring, 'on_card', lambda x: True)
+    canvas, start = ring.on_a_canvas([one[None] for one in images])
+    assert canvas.shape == (3, 3, 48, 64)
+    assert start == [99, 99]
+    with torch.no_grad():
+        for mine, one in zip(fast.several(images), images):
+            assert distance(mine, plain(one[None])[0]) < 1e-12
+
+
 @pytest.mark.parametrize('box', [(0, 7, 30, 41), (3, 4, 2, 3), (20, 60, 0, 41), (0, 0, 0, 0)], ids=str)
 def test_zeros_around_an_image_are_not_computed_and_change_nothing(box):
     plain, fast = twins()
@@ -164,6 +176,22 @@ def test_nothing_is_remembered_of_former_weights(change):
         before = fast(x)
         change(plain), change(fast)
         assert distance(fast(x), plain(x)) < 1e-10 < distance(fast(x), before)
+
+
+def test_a_testing_network_computes_its_background_once_for_each_size_modulo_16(tmp_path):
+    torch.save(RSTN(width=8).state_dict(), tmp_path / 'FD0:ZJ3_1.pkl')
+    net = load_RSTN(tmp_path / 'FD0:ZJ3_1.pkl', 'F', 3, 20, torch.device('cpu')).fine_model
+    fresh = copy.deepcopy(net)
+    fresh.backgrounds = None
+    images = [image(3, *size, dtype=torch.float32) for size in ((24, 24), (40, 24), (24, 31), (24, 24))]
+    operations = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            assert all(torch.equal(*pair) for pair in zip(net.several(images), fresh.several(images), strict=True))
+        operations.append(counter.get_total_flops())
+    assert len(net.backgrounds) == 2, '24 and 40 are the same modulo 16'
+    assert operations[1] < operations[0]
+    assert not net.backgrounds.popitem()[1].levels[0].is_inference()
 
 
 # --- half the bits -------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from volumes.trust import (
     contraction,
     disagreement,
     entropy,
+    marked_part,
     other_starts,
     record_of_masks,
     shifted,
@@ -81,9 +82,12 @@ def test_entropy_is_1_bit_where_nothing_is_known_and_0_where_all_is():
 
 
 def test_soft_DSC_is_1_for_a_sure_mask():
-    assert soft_DSC(row(1, 0), row(1, 0)) == 1
-    assert soft_DSC(row(1, 0), row(0.5, 0.5)) == pytest.approx(2 * 0.5 / 2)
-    assert soft_DSC(row(0, 0), row(0.1, 0.1)) is None
+    for mask, score, wanted in [
+        (row(1, 0), row(1, 0), 1),
+        (row(1, 0), row(0.5, 0.5), 2 * 0.5 / 2),
+        (row(0, 0), row(0.1, 0.1), None),
+    ]:
+        assert soft_DSC(marked_part(mask, score), score) == wanted
 
 
 def test_contraction_is_the_factor_by_which_rounds_approach_each_other():

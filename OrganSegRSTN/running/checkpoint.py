@@ -137,8 +137,9 @@ class Run:
         world = processes.world_size()
         mine = self.order[: len(self.order) // world * world][processes.rank() :: world][self.position :]
         own = torch.Generator()  # leaves the global random numbers alone
-        pinned = torch.cuda.is_initialized()  # the host need not wait for the copy
-        return DataLoader(dataset, sampler=mine.tolist(), generator=own, num_workers=self.workers, pin_memory=pinned)
+        cuda = torch.cuda.is_initialized()
+        workers = int(cuda) if self.workers is None else self.workers  # a card need not wait for files
+        return DataLoader(dataset, sampler=mine.tolist(), generator=own, num_workers=workers, pin_memory=cuda)
 
     def _pause(self, save=False):
         """Save between two steps: when it is time, or when a signal waits in any rank, which then ends all ranks."""

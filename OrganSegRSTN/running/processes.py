@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from running.script import out_of_memory
+
 DRIVER = Path('/proc/driver/nvidia/version')  # also in a container that is shown no card
 OR_CPU = 'or give cpu (CURRENT_GPU=cpu in run.sh)'
 
@@ -70,14 +72,17 @@ def why_without_CUDA():
             f'the NVIDIA driver is too old for CUDA {torch.version.cuda}; update it, or install the PyTorch of an '
             'older CUDA (docs/machines.md)'
         )
-    if (visible := os.environ.get('CUDA_VISIBLE_DEVICES')) is not None:
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    if visible is not None and (not visible or 'No CUDA GPUs' in reason):
         return f'no card is visible, CUDA_VISIBLE_DEVICES is {visible!r}; unset it'
     return f'no card is visible ({reason.partition(".")[0]}); start a container with --gpus all'
 
 
 def check_architecture(device):
     """Raise ValueError where the installed PyTorch holds no code for this card."""
-    capability, built = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch's own words for it
+        capability, built = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
     if built and not any(runs_on(architecture, capability) for architecture in built):
         raise ValueError(
             f'{device_name(device)} has architecture sm_{"".join(map(str, capability))}, but this PyTorch is built for '
@@ -116,14 +121,19 @@ def pick_precision(asked, device):
 def set_up(args):
     """Return the device of a stage, set up for args.precision and args.seed, and print it; `auto` becomes what it is."""
     device = pick_device(args.GPU_ID)
-    why = ''
-    if device.type == 'cpu':
-        why = ' (as asked)' if 'cpu' in args.GPU_ID else f' (no CUDA device found, GPU_ID {args.GPU_ID} is not used)'
-    print(f'device: {device_name(device)}{why}', flush=True)
+    print_device(device, args.GPU_ID)
     args.precision = pick_precision(args.precision, device)
     if device.type == 'cuda':
         set_up_CUDA(args.precision, getattr(args, 'seed', None))
     return device
+
+
+def print_device(device, GPU_ID):
+    """Print a line with the device, and why it is the CPU."""
+    why = ''
+    if device.type == 'cpu':
+        why = ' (as asked)' if 'cpu' in GPU_ID else f' (no CUDA device found, GPU_ID {GPU_ID} is not used)'
+    print(f'device: {device_name(device)}{why}', flush=True)
 
 
 def set_up_CUDA(precision, seed):
@@ -145,6 +155,12 @@ def set_up_CUDA(precision, seed):
             shown(message, *rest, **keywords)
 
     warnings.showwarning = show
+
+
+def send(tensor, device):
+    """Return a tensor on a device; to a card it goes from pinned memory, and the host need not wait for it."""
+    pinned = tensor.pin_memory() if torch.device(device).type == 'cuda' else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def device_name(device):
@@ -195,7 +211,8 @@ def process_group(device, hours=24):
         dist.barrier()  # exit together: a process can abort when another one exits during communication
     except (dist.DistError, RuntimeError) as error:
         abort(device)
-        if not isinstance(error, dist.DistError) and 'gloo' not in str(error).lower():
+        lost = isinstance(error, dist.DistError) or 'gloo' in str(error).lower()
+        if not lost or out_of_memory(error):  # NCCL can lack memory of this rank
             raise
         raise ConnectionError(
             f'rank {rank()} of {world_size()}: another process of this run has ended '
@@ -231,6 +248,15 @@ def mean(values):
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
     return (tensor / world_size()).tolist()
+
+
+def average_gradients(model):
+    """Replace the gradients of the parameters that have one by their mean over all processes."""
+    if world_size() > 1:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world_size()
 
 
 def gather(value):

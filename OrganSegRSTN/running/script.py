@@ -56,8 +56,19 @@ def foreseeable(error):
 
 def out_of_memory(error):
     """Return whether an error is torch's, cuBLAS's or cuDNN's way to say that there is too little memory."""
-    signs = ('out of memory', "can't allocate memory", 'STATUS_ALLOC_FAILED')
+    signs = ('out of memory', "can't allocate memory", 'STATUS_ALLOC_FAILED', 'ALLOCATION_FAILED',
+             'CUBLAS_STATUS_NOT_INITIALIZED')  # fmt: skip
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def memory_left():
+    """Return ` (0.1 of 11.9 GiB are free)` of the CUDA device in use, else nothing."""
+    torch = sys.modules.get('torch')
+    with contextlib.suppress(RuntimeError):  # of a device that no longer answers
+        if torch and torch.cuda.is_initialized():
+            free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+            return f' ({free:.1f} of {total:.1f} GiB are free)'
+    return ''
 
 
 def message_of(error):
@@ -65,7 +76,9 @@ def message_of(error):
     text = ' '.join(str(error).split()) or type(error).__name__
     if out_of_memory(error):
         text = re.split(r'(?<=\w{3})\. (?=If |Including |Process )', text)[0]  # torch goes on with its own variables
-        text += '; less is needed with --precision bf16 (PRECISION) or a narrower network (PRETRAINING_WIDTH)'
+        text += (
+            '' if 'allocate' in text else memory_left()
+        ) + '; less is needed with --precision bf16 (PRECISION) or a narrower network (PRETRAINING_WIDTH)'
     return text
 
 

@@ -30,6 +30,14 @@ def region(mask, reach):
     return tuple(place)
 
 
+def mean_of(volumes):
+    """Return the mean of an iterable of volumes (float32), the first of which it changes."""
+    total = None
+    for count, volume in enumerate(volumes, 1):
+        total = volume if total is None else np.add(total, volume, out=total)
+    return total if count == 1 else np.divide(total, np.float32(count), out=total)
+
+
 def plane_weights(recipe, spacing):
     """Return the weights of the planes X, Y, Z in a mean of them, float32 that add up to 1; None: all the same.
 

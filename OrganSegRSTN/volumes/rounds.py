@@ -31,9 +31,9 @@ def fine_round(mask, score, fine, image, threshold, weights=None):
     """Return mask and probability of the round after these: crop by the mask, weigh by the probability's saliency."""
     place = region(mask, fine[0].reach)  # the rest of the scan does not matter
     seen = [tester.predict(image[place], score=score[place], mask=mask[place]) for tester in fine]
-    score = np.zeros_like(score)
-    score[place] = sum(seen) / np.float32(len(fine)) if weights is None else weighted(seen, weights)
-    mask = (score >= threshold).astype(np.uint8)
+    found = sum(seen) / np.float32(len(fine)) if weights is None else weighted(seen, weights)
+    score, mask = np.zeros(score.shape, np.float32), np.full(score.shape, threshold <= 0, np.uint8)
+    score[place], mask[place] = found, found >= threshold
     return post_processing(mask, mask, 0.5, None), score
 
 

@@ -20,7 +20,7 @@ import torch
 
 from running.arguments import PRECISIONS
 from running.data_folder import PLANES, SNAPSHOT
-from running.processes import pick_device, pick_precision, set_up_CUDA
+from running.processes import pick_device, pick_precision, print_device, set_up_CUDA
 from running.results import checksum
 from running.weights import description, load_weights, spacing_doubt
 from scans.geometry import PUBLISHED, Geometry, axis_codes, known, lays_out, load_geometry, what_it_holds
@@ -200,7 +200,10 @@ class Networks:
             raise ValueError(f'snapshots of {len(self.paths)} planes: those of X, Y and Z are needed')
         self.training = check_snapshots(self.paths, force)
         first = self.paths[0][0]
-        device = device if isinstance(device, torch.device) else pick_device(str(device))
+        if not isinstance(device, torch.device):
+            GPU_ID = str(device)
+            device = pick_device(GPU_ID)
+            print_device(device, GPU_ID)
         precision = pick_precision(precision, device)
         if device.type == 'cuda':
             set_up_CUDA(precision, seed=None)

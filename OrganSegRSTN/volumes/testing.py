@@ -25,7 +25,7 @@ from running.weights import missing_weights
 from scans.geometry import geometry_file, known, load_geometry
 from scans.nifti import export
 from utils import DSC_computation, for_device, to_unit
-from volumes.planes import SliceAverage, plane_view, plane_weights, slice_window
+from volumes.planes import SliceAverage, mean_of, plane_view, plane_weights, slice_window
 
 PIXELS_AT_ONCE = {'cpu': 2**17, 'cuda': 2**20}  # of the slice windows in a batch
 SALIENCY_REACH = 3  # pixels: of its convolutions of 3 x 3 and 5 x 5
@@ -59,7 +59,7 @@ class PlaneTester:
 
     def predict(self, image, **volumes):
         """Return the probability (W, H, L) float32 of the organ in `image` (W, H, L) HU; see predict_volume."""
-        return sum(self.each(image, **volumes)) / np.float32(len(self.paths))
+        return mean_of(self.each(image, **volumes))
 
     def each(self, image, **volumes):
         """Yield the probability that each snapshot predicts; predict returns their mean."""
@@ -123,7 +123,7 @@ def predict_volume(net, image, plane, settings, label=None, score=None, mask=Non
 def slices_on(device, volume, plane):
     """Return a volume (W, H, L) on a device as (slices, A, B)."""
     volume = np.require(for_device(volume), requirements=['C', 'W'])
-    return torch.from_numpy(plane_view(volume, plane)).to(device)
+    return processes.send(torch.from_numpy(plane_view(volume, plane)), device)
 
 
 def to_bytes(probability):

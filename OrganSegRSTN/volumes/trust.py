@@ -11,6 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from running.files import read_json, write_json
+from volumes.planes import mean_of, region
 from volumes.rounds import agreement, coarse_to_fine, fine_round
 
 PROBES = [(None, 0), *itertools.product(range(3), (1, -1))]  # starts of round 1: widened, or shifted along an axis
@@ -72,11 +73,14 @@ class Watched:
 
     def predict(self, image, **volumes):
         """Return the mean probability of the snapshots, as PlaneTester.predict does."""
-        total, votes = 0, []
-        for probability in self.tester.each(image, **volumes):
-            total = total + probability
-            votes.append(probability >= self.threshold)
-        mean = total / np.float32(len(votes))
+        votes = []
+
+        def watched():
+            for probability in self.tester.each(image, **volumes):
+                votes.append(probability >= self.threshold)
+                yield probability
+
+        mean = mean_of(watched())
         self.vote, self.votes = mean >= self.threshold, votes if len(votes) > 1 else []
         return mean
 
@@ -86,12 +90,19 @@ def round_signals(mask, score, votes):
 
     planes: their disagreement; entropy: bits, mean over the mask; soft_DSC: Dice of mask and probability.
     """
+    marked = marked_part(mask, score)
     return {
-        'voxels': int(np.count_nonzero(mask)),
+        'voxels': len(marked),
         'planes': disagreement(votes) if votes else None,
-        'entropy': entropy(score[mask > 0]),
-        'soft_DSC': soft_DSC(mask, score),
+        'entropy': entropy(marked),
+        'soft_DSC': soft_DSC(marked, score),
     }
+
+
+def marked_part(mask, score):
+    """Return the probabilities (n,) of a mask's voxels."""
+    place = region(mask, 0) if mask.any() else ()
+    return score[place][mask[place] > 0]
 
 
 def mean_disagreement(groups):
@@ -113,11 +124,15 @@ def entropy(probabilities):
     return float(-np.mean(p * np.log2(p) + (1 - p) * np.log2(1 - p)))
 
 
-def soft_DSC(mask, score):
-    """Return 2 sum(p m) / (sum(p) + sum(m)) of a mask m and its probability p; None if the mask is empty."""
-    marked = np.count_nonzero(mask)
-    total = float(score.sum(dtype=np.float64))
-    return 2 * float(score[mask > 0].sum(dtype=np.float64)) / (total + marked) if marked else None
+def soft_DSC(marked, score):
+    """Return 2 sum(p m) / (sum(p) + sum(m)) of a mask m and its probability p; None if the mask is empty.
+
+    marked: the probabilities of the mask's voxels; score: all of them.
+    """
+    if not len(marked):
+        return None
+    inside, total = (float(p.sum(dtype=np.float64)) for p in (marked, score))
+    return 2 * inside / (total + len(marked))
 
 
 def contraction(inters):
