@@ -311,14 +311,16 @@ def get_parameters(model, coarse=True, bias=False, parallel=False):
 
 
 def set_precision(model, precision, store=False):
-    """Make every FCN-8s in `model` compute in a precision of DTYPES; `store` also converts its weights (for testing).
+    """Make every FCN-8s in `model` compute in a precision of DTYPES.
 
+    store: for testing, where weights no longer change: convert them, and let ring.py remember what it knows of them.
     Score layers, upsampling, saliency and loss stay in float32, and so do the optimizer's weights.
     """
     for net in model.modules():
         if isinstance(net, FCN8s):
             net.dtype = DTYPES[precision]
             if store:
+                net.backgrounds = {}
                 for name, layer in net.named_children():
                     if name.startswith(('conv', 'fc')):
                         layer.to(net.dtype)
@@ -347,7 +349,4 @@ def load_RSTN(path, TEST, thickness, crop_margin, device, precision='fp32', fact
         raise ValueError(f'{path}: {lost[0]} is not finite: the training diverged, or the file is damaged')
     net.load_state_dict({key: state[key].float() for key in used}, assign=True)
     set_precision(net, precision, store=True)
-    for part in net.modules():
-        if isinstance(part, FCN8s):
-            part.backgrounds = {}
     return net.to(device).eval()

@@ -24,8 +24,8 @@ testing, and images of several sizes can share a canvas of deviations. conv5_1 a
 matrix product that it is: as a convolution to a few pixels it spends its time on rearranging 100 M weights.
 
 Everything is differentiable: these are the plain network's logits and gradients (Long et al., CVPR 2015), at 0.4 of its
-operations for 96 x 96 pixels and 0.7 for 512 x 512. Only a network that `load_RSTN` made for testing, whose weights stay
-as they are, remembers its backgrounds between calls.
+operations for 96 x 96 pixels and 0.7 for 512 x 512. Only a network for testing, whose weights stay as they are
+(model.set_precision), remembers its backgrounds between calls.
 """
 
 from typing import NamedTuple

@@ -157,12 +157,12 @@ def training_row(fast, size, _, precision):
 
 
 def body(size):
-    """Return (image, mask of an organ): a body in air, 0.7 of a slice; the organ's crops along Z are as size.crop."""
+    """Return (image, mask of an organ): a body in air, 0.7 of a slice; the organ's largest crop along Z is size.crop."""
     axes = np.meshgrid(*[np.arange(n, dtype=np.float32) - n / 2 for n in size.volume], indexing='ij', sparse=True)
     a, b, c = (2 * axis / n for axis, n in zip(axes, size.volume))
     image = np.where((a / 0.95) ** 2 + (b / 0.94) ** 2 + 0 * c < 1, 40, -1000).astype(np.int16)
     half = max(size.crop // 2 - MARGIN, 2)
-    mask = (abs(axes[0]) < half) & (abs(axes[1]) < half) & (abs(axes[2]) < 6)
+    mask = (axes[0] / half) ** 2 + (axes[1] / half) ** 2 + (axes[2] / 6.5) ** 2 < 1
     image[mask] = 120
     return image, mask.astype(np.uint8)
 
@@ -172,10 +172,11 @@ def settings():
 
 
 def fine_round_row(fast, size):
-    """Return the row of round 1 of coarse to fine with one tester, along Z: some 14 windows of size.crop in a whole scan."""
+    """Return the row of round 1 of coarse to fine with one tester, along Z: some 14 windows up to size.crop in a whole scan."""
     image, mask = body(size)
     tester = PlaneTester('Z', [None], 'F', settings())
     tester.net = network('F', size.width).eval()
+    set_precision(tester.net, 'fp32', store=True)
     if not fast:
         tester = SimpleNamespace(predict=partial(plain_volume, tester.net, 'Z'))
 
@@ -199,6 +200,7 @@ def coarse_case_row(fast, size):
     """Return the row of coarse testing along Z of six slices of a scan with a body and air, to bytes."""
     image = np.ascontiguousarray(body(size)[0][:, :, 2:8])
     net = network('C', size.width).eval()
+    set_precision(net, 'fp32', store=True)
     if fast:
         return {'predict_volume': (lambda: None, lambda _: to_bytes(predict_volume(net, image, 'Z', settings())))}
     return {'loop': (lambda: None, lambda _: to_bytes(plain_volume(net, 'Z', image)))}
