@@ -86,7 +86,7 @@ check_settings() {
     refuse "$DATA_PATH is the demo's folder: name another DATA_PATH for scans of your own"
   [[ -n $RAW_PATH || $ENABLE_DICOM2NPY$ENABLE_NII2NPY == 00 ]] ||
     refuse 'RAW_PATH is empty: name the folder of the raw scans'
-  [[ $DEMO == 1 || -d $RAW_PATH || $ENABLE_DICOM2NPY$ENABLE_NII2NPY == 00 ]] ||
+  [[ $DEMO == 1 || -d $RAW_PATH || $LAZY_MODE$ENABLE_DICOM2NPY$ENABLE_NII2NPY == 000 || -z $RAW_PATH ]] ||
     refuse "RAW_PATH is '$RAW_PATH': no such folder"
   whole 1 255 ORGAN_NUMBER
   whole 1 - FOLDS

@@ -27,7 +27,7 @@ class FCN8s(nn.Module):
     """
 
     dtype = None
-    backgrounds = None  # a dict: ring.py keeps what it knows of weights that no longer change
+    backgrounds = None  # or what ring.py remembers of weights that stay as they are: {size modulo 16: Background}
 
     def __init__(self, n_class, width=64):
         super().__init__()

@@ -41,7 +41,7 @@ FEW = 64  # rows up to which a matrix product takes less time than casting its w
 def pays(net, x):
     """Return whether the ring is faster than the plain FCN8s `net` for images x: on a CPU always (tests/bench.py).
 
-    On CUDA it saves operations but has 163 kernels instead of 44, so only where operations are slow: in strict float32.
+    On CUDA it saves operations but has 163 kernels instead of 44 (of which a network that remembers its backgrounds saves some), so only where operations are slow: in strict float32.
     This is an estimate until tests/gpu.py has measured it.
     """
     strict = net.dtype in (None, torch.float32) and not torch.backends.cudnn.allow_tf32
@@ -118,7 +118,7 @@ def backgrounds_of(net, layers, sizes, like):
     layers: weight and bias of the convolutions of each block; like: a tensor of their precision and device.
     """
     kinds = [tuple(n % 16 for n in size) for size in sizes]
-    if net.backgrounds is None:
+    if net.backgrounds is None or torch.is_grad_enabled():
         found = {kind: make_background(layers, size, like) for kind, size in dict(zip(kinds, sizes)).items()}
         return [found[kind] for kind in kinds]
     for kind, size in zip(kinds, sizes):
@@ -137,7 +137,9 @@ def make_background(layers, size, like):
         background = stretch(background, [2 * (rim + 2) - n % 2 for n in size])
         for weight, bias in weights:
             background = F.conv2d(background, weight, bias, padding=1)
-            levels.append(background[0, :, background.shape[2] // 2, background.shape[3] // 2])
+            levels.append(
+                background[0, :, background.shape[2] // 2, background.shape[3] // 2].clone()
+            )  # not the canvas
             background = F.relu(background)
         background = F.max_pool2d(background, 2, ceil_mode=True)
         if block >= 3:

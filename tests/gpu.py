@@ -481,7 +481,7 @@ def two_processes(args):
 
 
 def worker(args):
-    """Run one of two processes: a step of each mode and one of the coarse network, with the gradients averaged.
+    """Run one of two processes: steps of each mode and one of the coarse network, with the gradients averaged.
 
     Rank 0 compares and prints.
     """
@@ -498,12 +498,13 @@ def worker(args):
         model = RSTN(crop_prob=0, width=args.width).to(args.device).eval()
         optimizer = make_optimizer(model, '1e-3', '10')
         wrapped = model
-        for mode in 'SICJ':
+        for mode, new in (('S', True), ('I', True), ('C', False), ('I', False), ('J', True)):
             if parallel:
+                if new:
+                    wrapped = training_parallel.distribute(model, mode)
                 if mode == 'C':
                     coarse_step(wrapped, optimizer, *samples[processes.rank()])
                 else:
-                    wrapped = training_parallel.distribute(model, mode)
                     train_step(wrapped, optimizer, mode, *samples[processes.rank()])
                 continue
             optimizer.zero_grad()

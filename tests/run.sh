@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# bash tests/run.sh [pytest arguments]: set up what is missing, then format check, lint and tests, from any folder; gpu.py, too.
+# bash tests/run.sh [pytest arguments]: set up what is missing, then format check, lint, tests and, without
+# arguments, gpu.py; from any folder.
 # PYTHON=... bash tests/run.sh uses an environment of your own and installs nothing. Paths in the arguments are seen
 # from the repository, as in: bash tests/run.sh tests/test_slices.py -k window
 set -euo pipefail

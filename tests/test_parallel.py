@@ -342,7 +342,6 @@ def test_with_a_seed_operations_that_are_not_repeatable_are_named_in_the_log(mon
             'free. Process 7 has 9 GiB memory in use. If reserved but unallocated memory is large try …'
         ),
         'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`',
-        'CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`',
         'cuDNN error: CUDNN_STATUS_ALLOC_FAILED',
         'cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED',
     ],
@@ -361,8 +360,34 @@ def test_too_little_memory_without_a_size_says_what_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: (2**30 // 4, 12 * 2**30))
     line = script.message_of(RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'))
     assert 'CUDNN_STATUS_ALLOC_FAILED (0.2 of 12.0 GiB are free); less is needed' in line
+    broken = RuntimeError('CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`')
+    assert script.foreseeable(broken), 'the card is full'
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: (10 * 2**30, 12 * 2**30))
+    assert not script.foreseeable(broken), 'cuBLAS is broken'
     line = script.message_of(RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB.'))
     assert 'are free' not in line
+
+
+def test_a_rank_that_lacks_memory_blames_no_other(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    for name in ('init_process_group', 'destroy_process_group', 'barrier'):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    for text, kind in [('NCCL error: out of memory', 'DistBackendError'), ('Connection closed', 'ConnectionError')]:
+        with (
+            pytest.raises((torch.distributed.DistError, ConnectionError)) as caught,
+            processes.process_group(torch.device('cpu')),
+        ):
+            raise torch.distributed.DistBackendError(text)
+        assert type(caught.value).__name__ == kind
+
+
+def test_what_goes_to_a_card_is_pinned_first(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: asked.append('pin') or tensor)
+    monkeypatch.setattr(torch.Tensor, 'to', lambda tensor, device, non_blocking: asked.append(str(device)) or tensor)
+    processes.send(torch.zeros(1), 'cpu')
+    processes.send(torch.zeros(1), 'cuda:0')
+    assert asked == ['cpu', 'pin', 'cuda:0']
 
 
 def test_another_RuntimeError_is_a_mistake_in_this_code():

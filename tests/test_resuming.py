@@ -1,5 +1,6 @@
 """Training and pretraining that are killed, ended, interrupted and gone on with: nothing is lost, not a bit differs."""
 
+import os
 import random
 import re
 import signal
@@ -24,9 +25,9 @@ RESUME = ('--seed', 1, '--checkpoint_minutes', 0, '--resume')  # 0 minutes: a ch
 
 
 def start(script, *args):
-    """Start a script as a process; what it prints is read from .stdout."""
+    """Start a script as a process, in a group of its own; what it prints is read from .stdout."""
     command = [sys.executable, CODE / script, *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def wait_for(process, pattern):
@@ -213,6 +214,15 @@ def ended(pretrained):
     wait_for(process, '0ZS .+Iter.00002')
     assert end(process, signal.SIGTERM)[0] == 143
     return pretrained
+
+
+def test_a_signal_to_the_whole_group_leaves_the_process_that_loads_slices_alone(pretrained):
+    process = start('training.py', *training_args(pretrained, epochs=EPOCHS), *RESUME, '--workers', 1)
+    wait_for(process, '0ZS .+Iter.00002')
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (143, '')
+    assert 'checkpoint saved: ' in out
 
 
 def test_a_checkpoint_of_other_arguments_is_refused_and_the_differing_ones_are_named(ended, call):

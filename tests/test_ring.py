@@ -191,7 +191,9 @@ def test_a_testing_network_computes_its_background_once_for_each_size_modulo_16(
         operations.append(counter.get_total_flops())
     assert len(net.backgrounds) == 2, '24 and 40 are the same modulo 16'
     assert operations[1] < operations[0]
-    assert not net.backgrounds.popitem()[1].levels[0].is_inference()
+    level = net.backgrounds.popitem()[1].levels[0]
+    assert not level.is_inference()
+    assert level.untyped_storage().nbytes() == 4 * len(level), 'the canvas is not kept'
 
 
 # --- half the bits -------------------------------------------------------------------------------------------------

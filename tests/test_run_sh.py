@@ -277,6 +277,13 @@ def test_a_setting_that_cannot_be_right_is_refused_by_name(tmp_path, name, value
     assert re.match(f'run.sh: ({name}|{other}) is ', done.stderr) and value.strip() in done.stderr
 
 
+@pytest.mark.parametrize('switch', ['ENABLE_NII2NPY', 'LAZY_MODE'])
+def test_raw_scans_that_are_not_there_are_refused_in_a_dry_run_too(tmp_path, switch):
+    done = run_sh(DRY_RUN=1, **{switch: 1}, RAW_PATH=tmp_path / 'raw', DATA_PATH=tmp_path / 'data')
+    assert (done.returncode, commands(done.stdout)) == (2, [])
+    assert f"RAW_PATH is '{tmp_path / 'raw'}': no such folder" in done.stderr
+
+
 def test_a_list_of_raw_scans_to_convert_is_needed(tmp_path):
     done = run_sh(ENABLE_NII2NPY=1, DATA_PATH=tmp_path / 'data')
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1)

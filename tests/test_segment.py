@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -70,6 +71,7 @@ def test_segment_gives_what_predict_writes_and_the_record(snapshots, tmp_path, c
 
 def test_networks_are_loaded_once_for_many_scans(snapshots, capsys):
     networks = Networks(snapshots, device='cpu')
+    assert re.match(r'device: CPU, \d+ threads \(as asked\)\n', capsys.readouterr().out)
     image, _ = make_scan()
     first = segment(image, PLI, networks, rounds=1)
     assert all(tester.net for tester in networks.coarse + networks.fine)

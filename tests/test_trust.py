@@ -132,13 +132,14 @@ class Snapshots(PlaneTester):
         super().__init__('X', paths, 'F', PlaneSettings((-100, 240), 3, 1, torch.device('cpu'), 'fp32'))
 
     def each(self, image):
-        yield from self.paths
+        yield from (path.copy() for path in self.paths)
 
 
 def test_several_snapshots_give_their_mean_and_their_disagreement():
     tester = Snapshots(row(0.9, 0.1), row(0.7, 0.3), row(0.8, 0.9))
     watched = Watched(tester, 0.5)
     np.testing.assert_array_equal(watched.predict(None), tester.predict(None))
+    np.testing.assert_allclose(tester.predict(None), row(0.8, 1.3 / 3))
     assert watched.vote.tolist() == [[[True, False]]]
     assert [vote.ravel().tolist() for vote in watched.votes] == [[True, False], [True, False], [True, True]]
 

@@ -184,8 +184,7 @@ def add_training(parser):
     """Add the options that training and pretraining share."""
     add_precision(parser, without=['fp16'])  # its gradients vanish
     parser.add_argument('--seed', type=whole(0, 2**63 - 1), help='make the run repeatable on this machine')
-    parser.add_argument('--workers', type=whole(0), metavar='N',
-                        help='processes that load slices (default 1 with a GPU, else 0)')  # fmt: skip
+    parser.add_argument('--workers', type=whole(0), default=0, help='processes that load slices (default 0)')
     parser.add_argument('--resume', action='store_true', help='continue from the checkpoint of these arguments, if any')
     parser.add_argument('--checkpoint_minutes', type=whole(0), default=10, metavar='M',
                         help='save a checkpoint every M minutes, and after every epoch (default 10)')  # fmt: skip

@@ -137,9 +137,9 @@ class Run:
         world = processes.world_size()
         mine = self.order[: len(self.order) // world * world][processes.rank() :: world][self.position :]
         own = torch.Generator()  # leaves the global random numbers alone
-        cuda = torch.cuda.is_initialized()
-        workers = int(cuda) if self.workers is None else self.workers  # a card need not wait for files
-        return DataLoader(dataset, sampler=mine.tolist(), generator=own, num_workers=workers, pin_memory=cuda)
+        pinned = torch.cuda.is_initialized()  # the host need not wait for the copy
+        return DataLoader(dataset, sampler=mine.tolist(), generator=own, num_workers=self.workers, pin_memory=pinned,
+                          worker_init_fn=_apart)  # fmt: skip
 
     def _pause(self, save=False):
         """Save between two steps: when it is time, or when a signal waits in any rank, which then ends all ranks."""
@@ -220,6 +220,11 @@ class Run:
 
     def _log_bytes(self):
         return 0 if self.log is None else os.fstat(self.log.fileno()).st_size
+
+
+def _apart(_worker):
+    """Keep the signals of this process's group from a process that loads slices: the training answers them."""
+    os.setpgrp()
 
 
 class _Both:

@@ -158,9 +158,10 @@ def set_up_CUDA(precision, seed):
 
 
 def send(tensor, device):
-    """Return a tensor on a device; to a card it goes from pinned memory, and the host need not wait for it."""
-    pinned = tensor.pin_memory() if torch.device(device).type == 'cuda' else tensor
-    return pinned.to(device, non_blocking=True)
+    """Return a tensor on a device; from the CPU to a card it goes through pinned memory, and the host need not wait."""
+    if tensor.device.type == 'cpu' and torch.device(device).type == 'cuda':
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def device_name(device):
@@ -212,7 +213,7 @@ def process_group(device, hours=24):
     except (dist.DistError, RuntimeError) as error:
         abort(device)
         lost = isinstance(error, dist.DistError) or 'gloo' in str(error).lower()
-        if not lost or out_of_memory(error):  # NCCL can lack memory of this rank
+        if not lost or out_of_memory(error):  # also where NCCL reports that this rank lacks memory
             raise
         raise ConnectionError(
             f'rank {rank()} of {world_size()}: another process of this run has ended '

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -56,19 +57,19 @@ def foreseeable(error):
 
 def out_of_memory(error):
     """Return whether an error is torch's, cuBLAS's or cuDNN's way to say that there is too little memory."""
-    signs = ('out of memory', "can't allocate memory", 'STATUS_ALLOC_FAILED', 'ALLOCATION_FAILED',
-             'CUBLAS_STATUS_NOT_INITIALIZED')  # fmt: skip
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    signs = ('out of memory', "can't allocate memory", 'STATUS_ALLOC_FAILED', 'ALLOCATION_FAILED')
+    text, (free, _) = str(error), card_memory()
+    full = 'CUBLAS_STATUS_NOT_INITIALIZED' in text and free < 0.5  # cuBLAS also says so where it is broken
+    return isinstance(error, RuntimeError) and (full or any(sign in text for sign in signs))
 
 
-def memory_left():
-    """Return ` (0.1 of 11.9 GiB are free)` of the CUDA device in use, else nothing."""
+def card_memory():
+    """Return (free, total) GiB of the CUDA device in use; infinite where there is none."""
     torch = sys.modules.get('torch')
     with contextlib.suppress(RuntimeError):  # of a device that no longer answers
         if torch and torch.cuda.is_initialized():
-            free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
-            return f' ({free:.1f} of {total:.1f} GiB are free)'
-    return ''
+            return tuple(size / 2**30 for size in torch.cuda.mem_get_info())
+    return math.inf, math.inf
 
 
 def message_of(error):
@@ -76,9 +77,10 @@ def message_of(error):
     text = ' '.join(str(error).split()) or type(error).__name__
     if out_of_memory(error):
         text = re.split(r'(?<=\w{3})\. (?=If |Including |Process )', text)[0]  # torch goes on with its own variables
-        text += (
-            '' if 'allocate' in text else memory_left()
-        ) + '; less is needed with --precision bf16 (PRECISION) or a narrower network (PRETRAINING_WIDTH)'
+        free, total = card_memory()
+        if 'allocate' not in text and free < math.inf:
+            text += f' ({free:.1f} of {total:.1f} GiB are free)'
+        text += '; less is needed with --precision bf16 (PRECISION) or a narrower network (PRETRAINING_WIDTH)'
     return text
 
 
