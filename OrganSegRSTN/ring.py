@@ -41,7 +41,7 @@ FEW = 64  # rows up to which a matrix product takes less time than casting its w
 def pays(net, x):
     """Return whether the ring is faster than the plain FCN8s `net` for images x: on a CPU always (tests/bench.py).
 
-    On CUDA it saves operations but has 163 kernels instead of 44 (of which a network that remembers its backgrounds saves some), so only where operations are slow: in strict float32.
+    On CUDA it saves operations but has 163 kernels instead of 44 (fewer where backgrounds are remembered), so only where operations are slow: in strict float32.
     This is an estimate until tests/gpu.py has measured it.
     """
     strict = net.dtype in (None, torch.float32) and not torch.backends.cudnn.allow_tf32
