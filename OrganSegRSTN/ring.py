@@ -23,8 +23,8 @@ and max pooling commutes with subtracting a constant. So is air around the body,
 testing, and images of several sizes can share a canvas of deviations. conv5_1 and after see the sum of the two. fc6 is computed as the
 matrix product that it is: as a convolution to a few pixels it spends its time on rearranging 100 M weights.
 
-Everything is differentiable: these are the plain network's logits and gradients (Long et al., CVPR 2015), at 0.4 of its
-operations for 96 x 96 pixels and 0.7 for 512 x 512. Only a network for testing, whose weights stay as they are
+Everything is differentiable: these are the plain network's logits and gradients (Long et al., CVPR 2015), at 0.3 of its
+operations for 96 x 96 pixels and 0.5 for 512 x 512. Only a network for testing, whose weights stay as they are
 (model.set_precision), remembers its backgrounds between calls.
 """
 
@@ -41,8 +41,8 @@ FEW = 64  # rows up to which a matrix product takes less time than casting its w
 def pays(net, x):
     """Return whether the ring is faster than the plain FCN8s `net` for images x: on a CPU always (tests/bench.py).
 
-    On CUDA it saves operations but has 163 kernels instead of 44 (fewer where backgrounds are remembered), so only where operations are slow: in strict float32.
-    This is an estimate until tests/gpu.py has measured it.
+    On CUDA it saves operations but has 163 kernels instead of 44 (fewer where backgrounds are remembered), so only
+    where operations are slow: in strict float32. This is an estimate until tests/gpu.py has measured it.
     """
     strict = net.dtype in (None, torch.float32) and not torch.backends.cudnn.allow_tf32
     return not on_card(x) or strict
