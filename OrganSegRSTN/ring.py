@@ -20,8 +20,9 @@ to 16 pixels, the deviation on its reach alone, outside of which it is 0, as zer
                            relu(conv(x, w) + b) = relu(v) + d',  d' = relu(conv(d, w) + v) - relu(v)
 
 and max pooling commutes with subtracting a constant. So is air around the body, which clips to 0, not computed in
-testing, and images of several sizes can share a canvas of deviations. conv5_1 and after see the sum of the two. fc6 is computed as the
-matrix product that it is: as a convolution to a few pixels it spends its time on rearranging 100 M weights.
+testing, and images of several sizes can share a canvas of deviations. conv5_1 and after see the sum of the two. fc6 is
+computed as the matrix product that it is: as a convolution to a few pixels it spends its time on rearranging 100 M
+weights.
 
 Everything is differentiable: these are the plain network's logits and gradients (Long et al., CVPR 2015), at 0.3 of its
 operations for 96 x 96 pixels and 0.5 for 512 x 512. Only a network for testing, whose weights stay as they are

@@ -58,9 +58,11 @@ def foreseeable(error):
 def out_of_memory(error):
     """Return whether an error is torch's, cuBLAS's or cuDNN's way to say that there is too little memory."""
     signs = ('out of memory', "can't allocate memory", 'STATUS_ALLOC_FAILED', 'ALLOCATION_FAILED')
-    text, (free, _) = str(error), card_memory()
-    full = 'CUBLAS_STATUS_NOT_INITIALIZED' in text and free < 0.5  # cuBLAS also says so where it is broken
-    return isinstance(error, RuntimeError) and (full or any(sign in text for sign in signs))
+    if not isinstance(error, RuntimeError):
+        return False
+    if 'CUBLAS_STATUS_NOT_INITIALIZED' in str(error):  # cuBLAS also says so where it is broken
+        return card_memory()[0] < 0.5
+    return any(sign in str(error) for sign in signs)
 
 
 def card_memory():

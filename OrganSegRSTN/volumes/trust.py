@@ -73,14 +73,9 @@ class Watched:
 
     def predict(self, image, **volumes):
         """Return the mean probability of the snapshots, as PlaneTester.predict does."""
-        votes = []
-
-        def watched():
-            for probability in self.tester.each(image, **volumes):
-                votes.append(probability >= self.threshold)
-                yield probability
-
-        mean = mean_of(watched())
+        probabilities = list(self.tester.each(image, **volumes))
+        votes = [probability >= self.threshold for probability in probabilities]
+        mean = mean_of(probabilities)
         self.vote, self.votes = mean >= self.threshold, votes if len(votes) > 1 else []
         return mean
 
