@@ -138,9 +138,8 @@ def make_background(layers, size, like):
         background = stretch(background, [2 * (rim + 2) - n % 2 for n in size])
         for weight, bias in weights:
             background = F.conv2d(background, weight, bias, padding=1)
-            levels.append(
-                background[0, :, background.shape[2] // 2, background.shape[3] // 2].clone()
-            )  # not the canvas
+            level = background[0, :, background.shape[2] // 2, background.shape[3] // 2]
+            levels.append(level.clone())  # without its canvas
             background = F.relu(background)
         background = F.max_pool2d(background, 2, ceil_mode=True)
         if block >= 3:
