@@ -94,7 +94,7 @@ check_settings() {
   matching '[XYZA]' 'X, Y, Z or A' {CURRENT,TRAINING,COARSE_TESTING,ORACLE_TESTING}_PLANE
   organs {CURRENT,TRAINING}_ORGAN_ID {COARSE,ORACLE}_{TESTING,FUSION}_ORGAN_ID COARSE2FINE_TESTING_ORGAN_ID
   [[ -z $PLANE_GPUS ]] ||
-    matching "$gpu( +$gpu){2}" 'one for each of X, Y and Z' PLANE_GPUS
+    matching "$gpu( +$gpu){1,2}" 'one for each of X, Y and Z, or two' PLANE_GPUS
   matching "$gpu" 'the number of a GPU, or cpu, or several such as 0,1' \
     {CURRENT,TRAINING,COARSE_TESTING,ORACLE_TESTING,COARSE2FINE_TESTING}_GPU
   matching 'fp32|tf32|bf16|fp16|auto' 'fp32, tf32, bf16, fp16 or auto' PRECISION
@@ -132,10 +132,18 @@ check_settings() {
 }
 
 pretrained() {  # does models/pretrained hold an FCN-8s for $fold and $organ?
+  exists "$DATA_PATH/models/pretrained/fcn8s_FD${fold}_$organ.pth" || from_outside
+}
+from_outside() {  # does models/pretrained hold weights from outside to start from?
   local folder=$DATA_PATH/models/pretrained
-  exists "$folder/fcn8s_FD${fold}_$organ.pth" && return
   [[ $PRETRAINED_FURTHER != 1 ]] &&
     { exists "$folder/fcn8s_from_caffe.pth" || exists "$folder/fcn8s_from_vgg16.pth"; }
+}
+made_with() {  # made_with SETTINGS RECORD: refuse to start from an FCN-8s of pretrain.py that was made with others
+  local made=${2%.txt}.pth
+  [[ -n $TRAINING_PRETRAINED$JOINT_FROM ]] || from_outside ||
+    [[ ! -e $made || ! -e $2 || $2 -ot $made || $(<"$2") == "$1" ]] ||
+    refuse "$made was made with $(<"$2"), not $1; ENABLE_PRETRAINING=1 makes it anew"
 }
 
 check_start() {  # a training must not start from converted weights beside those that this run pretrains
@@ -201,10 +209,10 @@ planes() {  # planes PLANE: the planes that X, Y, Z or A stands for
   if [[ $LAZY_MODE == 1 || $1 == A ]]; then echo X Y Z; else echo "$1"; fi
 }
 
-plane_gpu() {  # plane_gpu PLANE: its GPU in PLANE_GPUS
+plane_gpu() {  # plane_gpu PLANE: its GPU in PLANE_GPUS; of two, Z has that of X
   local X Y Z
   read -r X Y Z <<<"$PLANE_GPUS"
-  case $1 in X) echo "$X" ;; Y) echo "$Y" ;; Z) echo "$Z" ;; esac
+  case $1 in X) echo "$X" ;; Y) echo "$Y" ;; Z) echo "${Z:-$X}" ;; esac
 }
 
 once() {  # once COMMAND ...: run it as a job
@@ -232,30 +240,36 @@ over_organs() {  # over_organs "ORGANS" COMMAND ...: COMMAND for each $fold and 
 each_organ() { over_organs "$1" once "${@:2}"; }  # each_organ "ORGANS" COMMAND ...
 each_plane() { over_organs "$1" on_planes "${@:2}"; }  # each_plane "ORGANS" PLANES GPU COMMAND ...
 
-on_planes() {  # on_planes PLANES GPU COMMAND ...: COMMAND for each $plane on $gpu; all at once on PLANE_GPUS
-  local title=$STAGE planes plane gpu=$2 jobs='' failed='' status=0
+on_planes() {  # on_planes PLANES GPU COMMAND ...: COMMAND for each $plane on $gpu; at once on PLANE_GPUS
+  local title=$STAGE planes plane gpu=$2 gpus X='' Y='' Z='' failed='' status=0
   planes=$(planes "$1")
+  gpus=$(($(wc -w <<<"$PLANE_GPUS")))
   for plane in $planes; do
+    [[ $plane$gpus != Z2 ]] || end_plane X
     STAGE="$title, plane $plane"
     if [[ -z $PLANE_GPUS ]]; then
       once "${@:3}"
     else
       gpu=$(plane_gpu "$plane")
       start beside "$plane" "$planes" "${@:3}"
-      jobs="$jobs $plane:$JOB"
+      printf -v "$plane" %s "$JOB"
     fi
   done
   STAGE=$title
-  for plane in $jobs; do
-    finish "${plane#*:}" || { status=$?; failed="$failed ${plane%:*}"; }
-  done
+  for plane in X Y Z; do end_plane "$plane"; done
   [[ -z $failed ]] || STAGE="$title, plane$failed"
   return $status
 }
 
+end_plane() {  # end_plane PLANE: wait for its job, if there is one, for on_planes
+  finish "${!1}" || { status=$?; failed="$failed $1"; }
+  printf -v "$1" %s ''
+}
+
 beside() {  # beside PLANE PLANES COMMAND ...: COMMAND among the others, its lines marked with the plane
-  local status=0
-  share_cores "$(wc -w <<<"$2")"
+  local status=0 among
+  among=$(($(wc -w <<<"$2")))
+  share_cores "$((among < gpus ? among : gpus))"
   if [[ $DRY_RUN == 1 ]]; then
     "${@:3}"
   else
@@ -300,7 +314,7 @@ converted() {  # converted RECORD COMMAND: was it made by this command, and is a
 }
 
 #### Processes and signals #########################################################################
-SHARE=  # threads of each of several processes side by side
+SHARE=  # threads of a process; empty: all cores
 
 share_cores() {  # share_cores PROCESSES: set SHARE, unless the user sets OMP_NUM_THREADS
   local cores=${SHARE:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}  # nproc: those that this process may use

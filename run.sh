@@ -45,7 +45,7 @@ source "$HERE/plumbing.sh"
 : "${CURRENT_PLANE:=A}"                 # X, Y, Z, or A for all three
 : "${CURRENT_FOLD:=0}"                  # or A for all folds
 : "${CURRENT_GPU:=${CURRENT_FOLD/A/0}}" # number of a CUDA device, or cpu; several, a process each: 0,1
-: "${PLANE_GPUS:=}"                     # "0 1 2": train and test X, Y and Z at once, each on its own
+: "${PLANE_GPUS:=}"                     # "0 1 2": train and test X, Y and Z at once; "0 1": Z after X
 : "${TORCHRUN_ARGS:=}"                  # several machines: arguments of torchrun instead of --standalone
 
 #### DEMO SETTINGS #################################################################################
@@ -69,8 +69,8 @@ if is_demo; then
   : "${TRAINING_MARGIN:=10}"            # of voxels of 3.3 mm
   : "${MAX_ROUNDS:=3}"
   : "${SEED:=0}"
-  command -v nvidia-smi >/dev/null || : "${PLANE_GPUS:=cpu cpu cpu}"  # three planes at once
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # so narrow a network gains nothing from more
+  command -v nvidia-smi >/dev/null || : "${PLANE_GPUS:=cpu cpu}"  # Y has as many slices as X and Z
+  [[ -n ${OMP_NUM_THREADS:-} ]] || SHARE=2  # threads: so narrow a network gains nothing from more
 fi
 #### END OF DEMO SETTINGS ##########################################################################
 
@@ -109,7 +109,11 @@ DATA=("$ORGAN_NUMBER" "$LOW_RANGE" "$HIGH_RANGE" "$SLICE_THRESHOLD" "$SLICE_THIC
 pretraining() {
   local gpu=${PLANE_GPUS:-$TRAINING_GPU}
   local pretrain=(OrganSegRSTN/pretrain.py "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "${gpu%%[ ,]*}" "$PRETRAINING_EPOCHS")
+  local settings="width $PRETRAINING_WIDTH, epochs $PRETRAINING_EPOCHS, rate $PRETRAINING_LEARNING_RATE, window $LOW_RANGE $HIGH_RANGE,"
+  settings+=" slices $SLICE_THRESHOLD $SLICE_THICKNESS, margin $TRAINING_MARGIN, seed ${SEED:-none}, from ${PRETRAINED:-nothing}"
+  local record=$DATA_PATH/models/pretrained/fcn8s_FD${fold}_$organ.txt
   if [[ -n $LAZILY ]] && pretrained; then
+    made_with "$settings" "$record"
     echo "fold $fold, organ $organ: models/pretrained holds an FCN-8s to start from"
     return
   fi
@@ -119,21 +123,22 @@ pretraining() {
     script "${pretrain[@]}" --width "$PRETRAINING_WIDTH" --learning_rate "$PRETRAINING_LEARNING_RATE" \
       --crop_margin "$TRAINING_MARGIN" --resume --precision "$PRECISION" ${SEED:+--seed "$SEED"} \
       ${PRETRAINED:+--convert "$PRETRAINED" --further}
+    [[ $DRY_RUN == 1 ]] || echo "$settings" >"$record"
     [[ $RECIPE == fast ]] || echo '# RECIPE=fast trains better masks in less time from this start (docs/training.md)'
   fi
 }
 
-#### Training in modes S, I and J: one with the timestamp of a stopped training goes on there ######
+#### Training in modes S, I and J: TRAINING_TIMESTAMP=... of a stopped training resumes it ##########
 : "${TRAINING_ORGAN_ID=$CURRENT_ORGAN_ID}"
 : "${TRAINING_PLANE:=$CURRENT_PLANE}"
 : "${TRAINING_GPU:=$CURRENT_GPU}"
 if [[ $RECIPE == fast ]]; then
-  : "${LEARNING_RATE1:=5e-4}"           # Adam: all layers
+  : "${LEARNING_RATE1:=5e-4}"
   : "${LEARNING_RATE_M1:=1}"
 fi
-: "${LEARNING_RATE1:=1e-5}"             # coarse layers
-: "${LEARNING_RATE_M1:=10}"             # times LEARNING_RATE1: saliency and fine layers
-: "${LEARNING_RATE2:=1e-5}"             # the same of J where JOINT_FROM is set; else not used
+: "${LEARNING_RATE1:=1e-5}"             # coarse layers; RECIPE=fast: 5e-4
+: "${LEARNING_RATE_M1:=10}"             # times LEARNING_RATE1: saliency and fine layers; RECIPE=fast: 1
+: "${LEARNING_RATE2:=1e-5}"             # coarse layers in J with JOINT_FROM; else not used
 : "${LEARNING_RATE_M2:=10}"
 : "${TRAINING_MARGIN:=20}"              # pixels around the organ's box
 : "${TRAINING_PROB:=0.5}"               # probability of a random margin
@@ -150,7 +155,7 @@ OWN_TIMESTAMP=${TRAINING_TIMESTAMP:-}
 if [[ $ENABLE_TRAINING == 1 || $LAZY_MODE == 1 ]]; then
   : "${TRAINING_TIMESTAMP:=$(date +%Y%m%d_%H%M%S)}"
 else
-  : "${TRAINING_TIMESTAMP:=_}"          # testing: the snapshot without a timestamp, else the newest
+  : "${TRAINING_TIMESTAMP:=_}"          # training: the time; else _: the snapshot without a timestamp, or the newest
 fi
 
 # of the published run.sh, accepted and not used (the epochs that it repeats for each test,

@@ -1,6 +1,6 @@
-# Sourced by run.sh and tests/run.sh: leaves in PYTHON the python to use. The user's own, if PYTHON
-# names it; else that of .venv, which is made, and filled again when requirements.txt or the C++
-# module have changed.
+# Sourced by run.sh and tests/run.sh: sets PYTHON to the python to use, the user's own if PYTHON
+# names one, else that of .venv. Makes .venv, and fills it again when requirements.txt or the C++
+# module has changed.
 fail() {
   echo "$1" >&2
   exit 1

@@ -89,15 +89,20 @@ class Canvas:
         return scaled * (scaled - 1) / np.maximum(slope, 1e-6)
 
     def tube(self, points, radii):
-        """Return the distance to a tube along `points` [(y, x, z), ...] with these `radii`."""
-        nearest = np.full(self.hu.shape, np.inf, np.float32)
+        """Return the distance to a tube along `points` [(y, x, z), ...] with these `radii`; inf where it is far."""
         radii = np.broadcast_to(np.float32(radii), len(points))
+        far = radii.max() + self.spacing.mean() + 20  # with room for what is added to the distance
+        ends = points.min(0) - far, points.max(0) + far
+        near = np.all([(axis >= low) & (axis <= high) for axis, low, high in zip(self.grid, *ends)], axis=0)
+        grid, nearest = self.grid[:, near], np.inf
         for a, b, start, end in zip(points[:-1], points[1:], radii[:-1], radii[1:]):
-            along = sum((axis - p) * d for axis, p, d in zip(self.grid, a, b - a)) / np.dot(b - a, b - a)
+            along = sum((axis - p) * d for axis, p, d in zip(grid, a, b - a)) / np.dot(b - a, b - a)
             along = np.clip(along, 0, 1)
-            off = sum((axis - (p + along * d)) ** 2 for axis, p, d in zip(self.grid, a, b - a))
+            off = sum((axis - (p + along * d)) ** 2 for axis, p, d in zip(grid, a, b - a))
             nearest = np.minimum(nearest, np.sqrt(off) - (start + along * (end - start)))
-        return nearest
+        distance = np.full(self.hu.shape, np.inf, np.float32)
+        distance[near] = nearest
+        return distance
 
 
 def curve(points, steps=4):

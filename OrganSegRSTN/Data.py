@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from running.data_folder import Slice, read_cases, read_list, slice_list
+from running.data_folder import Slice, read_cases, read_list, slice_list, warn_of_changed_volumes
 from running.files import load_array
 from running.processes import send
 from running.results import Checksums, revision
@@ -36,6 +36,7 @@ class DataLayer(Dataset):
         self.intensity_window, self.thickness = (low_range, high_range), slice_thickness
         path = slice_list(data_path, plane)
         self.slices = read_slices(path)
+        warn_of_changed_volumes(data_path)
         if any(len(record.organs) < organ_ID for record in self.slices):
             raise ValueError(f'{path}: holds no organ {organ_ID}; run init.py with organ_number {organ_number}')
         cases = read_cases(data_path, 'training', current_fold)

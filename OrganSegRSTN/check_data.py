@@ -156,7 +156,9 @@ def compare_geometry(cases, warnings):
     for case in cases:
         ours, ratio = axis_codes(case.geometry), case.geometry.spacing / usual_spacing
         if ours and usual_codes and ours != usual_codes:
-            warnings.add(f'axes run {ours}, in most cases {usual_codes}: turn it before training', case.name)
+            warnings.add(
+                f'axes run {ours}, in most cases {usual_codes}: turn the raw scan and convert it again', case.name
+            )
         if max(ratio.max(), 1 / ratio.min()) > 2:
             warnings.add(f'spacing {case.spacing} mm, far from that of the others', case.name)
 

@@ -79,6 +79,8 @@ def main():
                 export(args, round_file(folder, len(masks) - 1, number), masks[-1], case)
                 cases.append(report_rounds(results, folder, number, case, label, masks))
             report_averages(results, cases, args.max_rounds)
+            if args.stop_DSC is not None and args.stop_DSC < float(AGREEMENTS[-1]):
+                results(f'Rounds ended at an inter-iteration DSC of {args.stop_DSC}: so do higher DSC thresholds .')
 
 
 def prepare_folders(args, tested, snapshots, weights, folder, coarse_folders, provenance):

@@ -26,6 +26,7 @@ from running.data_folder import (
     Slice,
     case_names,
     check_case,
+    file_state,
     fold_list,
     organ_extents,
     slice_averages,
@@ -218,10 +219,9 @@ def fold_lines(path):
 def describe_inputs(args, names):
     """Return what the lists are made of: the settings, size and time of change of each volume."""
     settings = {name: getattr(args, name) for name in ('organ_number', 'folds', 'low_range', 'high_range')}
-    cases = {}
-    for name in names:
-        files = [os.stat(Path(args.data_path, kind, f'{name}.npy')) for kind in ('images', 'labels')]
-        cases[name] = [[file.st_size, file.st_mtime_ns] for file in files]
+    cases = {
+        name: [file_state(Path(args.data_path, kind, f'{name}.npy')) for kind in ('images', 'labels')] for name in names
+    }
     return {'settings': settings | {'is_organ': inspect.getsource(is_organ)}, 'cases': cases}
 
 

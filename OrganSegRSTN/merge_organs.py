@@ -27,6 +27,7 @@ def main():
     provenance = start_without_network(args, 'merging')
     tested = {organ: tested_organ(args, organ) for organ in args.organ_IDs}
     settings = {f'organ {organ} {name}': value for organ in tested for name, value in tested[organ].settings.items()}
+    settings |= {f'organ {organ} results': tested[organ].folder.name for organ in tested}
     cases = read_cases(args.data_path, 'testing', args.current_fold)
     folder = merged_folder(args)
     values = {organ: [] for organ in tested}

@@ -256,15 +256,15 @@ class Attempt:
     def begin(self, number):
         self.number, self.loss, self.empty = number, 1.0, 1.0
 
-    def fails(self, loss, empty, step, crops):
-        """Return whether the loss is too high after PATIENCE steps, in the first `crops` steps.
+    def fails(self, loss, empty, step, last):
+        """Return whether the mean loss is too high at a step (from 0), checked from step PATIENCE to step `last`.
 
         empty: the loss of a network that marks nothing. It is far below 1, because the loss is smoothed.
         """
         weight = 1 / min(step + 1, PATIENCE / 5)
         self.loss += weight * (loss - self.loss)
         self.empty += weight * (empty - self.empty)
-        return PATIENCE <= step + 1 <= crops and not self.loss <= STUCK * self.empty  # also where it is nan
+        return PATIENCE <= step + 1 <= last and not self.loss <= STUCK * self.empty  # also where it is nan
 
     def again(self):
         """Count the next attempt; raise ValueError after the last one."""

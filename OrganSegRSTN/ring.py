@@ -1,4 +1,4 @@
-"""FCN-8s without the ring: what the padding of 100 computes is computed only where the image can be felt.
+"""FCN-8s without the ring: what the padding of 100 computes is computed only where the image matters.
 
 conv1_1 pads the image by 100 pixels, so that a crop of 96 x 96 becomes 294 x 294: nine tenths of it hold no image. What
 a layer answers there is known beforehand. Under zero padding every layer of an image-free input has, per channel, one
@@ -19,10 +19,10 @@ to 16 pixels, the deviation on its reach alone, outside of which it is 0, as zer
     x = level + d    =>    conv(x, w) + b = conv(d, w) + v,  where v = conv(level, w) + b is read off the canvas
                            relu(conv(x, w) + b) = relu(v) + d',  d' = relu(conv(d, w) + v) - relu(v)
 
-and max pooling commutes with subtracting a constant. So is air around the body, which clips to 0, not computed in
-testing, and images of several sizes can share a canvas of deviations. conv5_1 and after see the sum of the two. fc6 is
-computed as the matrix product that it is: as a convolution to a few pixels it spends its time on rearranging 100 M
-weights.
+and max pooling commutes with subtracting a constant. On a CPU, air around the body, which clips to 0, is not computed
+either, unless the image needs a gradient. Images of several sizes can share a canvas of deviations. conv5_1 and after
+see the sum of the two. fc6 is computed as the matrix product that it is: as a convolution to a few pixels it spends its
+time on rearranging 100 M weights.
 
 Everything is differentiable: these are the plain network's logits and gradients (Long et al., CVPR 2015), at 0.3 of its
 operations for 96 x 96 pixels and 0.5 for 512 x 512. Only a network for testing, whose weights stay as they are
@@ -156,7 +156,7 @@ def halved(size):
 def on_a_canvas(groups):
     """Return all images in one batch (N, 3, A, B), zero beyond small ones, and where it begins in the padded image.
 
-    On a CPU it is cut to what is not zero: air is. On CUDA, where looking costs more than it saves, sizes become
+    On a CPU, unless it needs a gradient, it is cut to what is not zero: air is. On CUDA, where looking costs more than it saves, sizes become
     multiples of 16, so that few shapes occur.
     """
     height, width = (max(x.shape[axis] for x in groups) for axis in (2, 3))

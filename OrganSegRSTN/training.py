@@ -88,17 +88,19 @@ def train(args, run, state, device, wrap):
     rates = 'learning_rate1 learning_rate_m1' if args.joint_from is None else 'learning_rate2 learning_rate_m2'
     optimizer = recipe.make_optimizer(model, *(getattr(args, rate) for rate in rates.split()))
     run.restore(state, model=model, optimizer=optimizer)
-    mode, wrapped = MODES[0], {}
+    mode, whole, wrapped = MODES[0], False, {}
     try:
         for mode, epoch in run.epochs(schedule(args)):
             if mode not in wrapped:
                 wrapped = {mode: wrap(model, mode)}
+            whole = False
             train_epoch(args, run, mode, epoch, wrapped[mode], optimizer, slices, recipe)
             end_epoch(args, run, mode, epoch, model, optimizer, recipe)
+            whole = epoch + 1 == epochs(args, mode)
     except script.Terminated:
         raise
     except KeyboardInterrupt:
-        save_snapshot(args, run, mode, model)
+        save_snapshot(args, run, mode, model, interrupted=not whole)
         print(f'{args.current_fold}{args.plane}{mode} interrupted: saved as it was, {snapshot_path(args, mode)}')
         raise
     run.save(finished=True)
@@ -155,11 +157,11 @@ def remove_former(args, run):
             path.unlink()
 
 
-def save_snapshot(args, run, mode, model, step=None):
-    """Save the state dict after a mode, or after a step of it (rank 0 only)."""
+def save_snapshot(args, run, mode, model, step=None, **facts):
+    """Save the state dict after a mode, or after a step of it (rank 0 only), with the facts of the run and these."""
     if processes.rank() == 0:
         with atomic_write(snapshot_path(args, mode, step)) as file:
-            torch.save(describe(model.state_dict(), **run.facts), file)
+            torch.save(describe(model.state_dict(), **run.facts, **facts), file)
 
 
 def save_step(args, run, mode, step, last):

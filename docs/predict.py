@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent / 'OrganSegRSTN'))
 from predict import read_input
 from reporting.measures import joint_box
-from reporting.pictures import anatomy, upright
+from reporting.pictures import anatomy, rows_and_columns, upright
 from running.data_folder import PLANES
 
 COLOUR = '#ff3860'
@@ -38,7 +38,7 @@ def draw(image, mask, geometry):
     """A panel a plane, around the mask, upright, the patient's right on the left."""
     found, spacing = anatomy(geometry), geometry.spacing
     box = joint_box([mask], mask.shape, 12, 64)
-    sides = [sorted({0, 1, 2} - {axis}, key=lambda a: -found[a][0]) for axis in range(3)]  # (rows, columns) of a panel
+    sides = [rows_and_columns(axis, found) for axis in range(3)]
     extent = spacing * mask[box].shape  # mm
     ratios = [extent[columns] / extent[rows] for rows, columns in sides]
     figure, panels = plt.subplots(1, 3, figsize=(11, 11 / sum(ratios) + 0.6), facecolor='black', width_ratios=ratios)

@@ -156,7 +156,7 @@ def test_axes_and_spacing_unlike_the_others_are_named(cohort, check):
     change_geometry(cohort, '0002', affine=[[0, 2.0, 0, 30], *PLI[1:]])
     change_geometry(cohort, '0004', affine=[*PLI[:2], [0, 0, -1.0, 100], PLI[3]])
     said = remarks(check(cohort))
-    assert 'warning: 0002: axes run PRI, in most cases PLI: turn it before training' in said
+    assert 'warning: 0002: axes run PRI, in most cases PLI: turn the raw scan and convert it again' in said
     assert 'warning: 0004: spacing 2 x 2 x 1 mm, far from that of the others' in said
 
 

@@ -173,6 +173,20 @@ def test_a_case_that_trains_and_tests_is_warned_about_and_one_that_stands_twice_
         read_cases(cases, 'testing', 0)
 
 
+def test_volumes_that_changed_after_they_were_sliced_are_warned_about_and_those_that_did_not_are_not(cases, capsys):
+    print_once.cache_clear()
+    layer(cases)
+    assert 'warning' not in capsys.readouterr().out
+    label = cases / 'labels/case2.npy'
+    label.write_bytes(label.read_bytes())
+    layer(cases), layer(cases)
+    assert (
+        capsys.readouterr().out == f'warning: {label}: changed or copied since init.py sliced them; run init.py again\n'
+    )
+    (cases / 'init.json').write_text('{"cases": {"case2": 3}}')
+    layer(cases)
+
+
 def test_an_empty_list_is_refused(cases):
     fold_list(cases, 'testing', 0).write_text('\n')
     with pytest.raises(ValueError, match=r'testing_FD0\.txt: holds no case'):

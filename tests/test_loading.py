@@ -285,6 +285,11 @@ def test_three_planes_without_timestamps_are_of_one_training(tmp_path, capsys):
         find_snapshots(args)
     args.timestamp1_Z = new
     assert find_snapshots(args) == [names[old][0], *names[new][1:]], 'each is named: as asked'
+    args.timestamp1_X = args.timestamp1_Y = args.timestamp1_Z = '_'
+    save_empty(snapshot_folder(args), *(f'FD0:{plane}J3_1.pkl' for plane in 'XYZ'))
+    capsys.readouterr()
+    find_snapshots(args)
+    assert capsys.readouterr().out == f'X, Y, Z: tests the snapshots without a timestamp, not {old}, {new}\n'
 
 
 def test_a_timestamp_of_one_plane_goes_with_snapshots_without_one(tmp_path):

@@ -172,6 +172,7 @@ def test_run_json_holds_what_each_organ_was_tested_with_and_a_change_is_an_error
     for organ in (1, 2):
         name = f'FD0:XJ3_{organ}.pkl'
         assert settings[f'organ {organ} snapshot {name}'] == Checksums(two)(snapshots / name)
+        assert settings[f'organ {organ} results'] == folder_of(two, organ).name
     assert settings['runs'][0]['arguments']['organ_IDs'] == [1, 2]
 
     run_two_organs(two, call, '--stop_DSC', 0.01, '--overwrite')

@@ -251,7 +251,8 @@ def test_folders_and_patterns_that_the_user_names(tmp_path, convert):
     write_nifti(tmp_path / 'my [labels]/label0007.nii.gz', label.astype(np.int32))
     raw, out = tmp_path / 'scans', tmp_path / 'data'
     convert(raw, out, '--images', raw / '*_ct.nii.gz', '--labels', raw / '*_label.nii.gz')
-    convert('.', 'data', '--images', 'img', '--labels', 'my [labels]', cwd=tmp_path)
+    said, _ = convert('.', 'data', '--images', 'img', '--labels', 'my [labels]', cwd=tmp_path)
+    assert '1 cases of earlier conversions are kept: pt_1; to leave one out' in said
     images, labels = loaded(out, 'images'), loaded(out, 'labels')
     assert list(images) == list(labels) == ['0007', 'pt_1']
     for case in images:
@@ -277,6 +278,15 @@ def test_a_case_that_fails_is_named_and_the_others_are_converted(tmp_path, conve
     assert list(loaded(tmp_path / 'out', 'images')) == list(loaded(tmp_path / 'out', 'labels')) == ['good']
     assert [file.name for file in (tmp_path / 'out/geometry').iterdir()] == ['good.json']
     assert failed.splitlines()[0] == '3 of 4 cases failed:' and len(failed.splitlines()) == 4
+
+
+def test_a_scan_of_another_source_that_takes_the_name_of_a_case_is_named(tmp_path, convert):
+    for site in 'ab':
+        write_nifti(tmp_path / site / 'images/001.nii.gz', random_volume())
+        write_nifti(tmp_path / site / 'labels/001.nii.gz', (random_volume() > 0).astype(np.uint8))
+    said = [convert(tmp_path / site, tmp_path / 'data')[0] for site in 'aab']
+    assert ['replaces' in text for text in said] == [False, False, True]
+    assert f'001: replaces the scan of {tmp_path}/a/images/001.nii.gz' in said[2]
 
 
 def test_nothing_to_convert(tmp_path, convert):

@@ -305,7 +305,23 @@ def test_of_two_runs_of_the_same_the_later_counts(golden, report):
     out, summary, _ = report(golden)
     assert summary['runs'][0]['cases'][0]['DSC'] == 2 * 1113 / (3397 + 1116)
     assert 'left out' in out and 'is a later run of the same' in out
+    assert (
+        'fold 0: its stages tested several trainings: 20261123_000000 (coarse_X), 20261124_000000 (coarse2fine)' in out
+    )
     assert 'its DSC is not the one in the results' in out
+
+
+def test_folds_that_were_tested_in_different_ways_are_named(golden, report):
+    first = golden / RESULTS / ROUNDS
+    (first / 'run.json').write_text('{"stop_DSC": 0.95}')
+    second = first.with_name(ROUNDS.replace('FD0', 'FD1').replace('0.5_0.5', '0.5_0.4'))
+    shutil.copytree(first, second)
+    (second / 'run.json').write_text('{"stop_DSC": "none"}')
+    out, *_ = report(golden)
+    assert (
+        f'{second.name}: stop_DSC none instead of 0.95, thresholds 0.5_0.4,3 instead of 0.5_0.5,3, unlike fold 0' in out
+    )
+    assert f'{first.name}: rounds ended at an agreement of 0.95' in out and f'{second.name}: rounds ended' not in out
 
 
 def test_organs_and_settings_are_told_apart(golden, report):

@@ -123,6 +123,14 @@ def test_lazy_mode_again_converts_and_initializes_only_what_has_changed(lazy, tm
     assert (asked.returncode, 'before' in asked.stdout) == (0, False), 'a stage that is asked for runs'
 
 
+def test_lazy_mode_takes_no_start_that_was_made_with_other_settings(lazy):
+    flags = TINY | {'LAZY_MODE': 1, 'RAW_PATH': lazy.raw, 'DATA_PATH': lazy.data, 'DRY_RUN': 1}
+    assert run_sh(**flags).returncode == 0
+    wider = run_sh(**flags | {'PRETRAINING_WIDTH': 5})
+    assert wider.returncode != 0 and 'was made with width ' in wider.stderr and 'not width 5,' in wider.stderr
+    assert run_sh(**flags | {'PRETRAINING_WIDTH': 5, 'ENABLE_PRETRAINING': 1}).returncode == 0
+
+
 def test_a_relative_data_path_is_seen_from_where_one_stands(lazy):
     done = run_sh(cwd=lazy.data.parent, ENABLE_COARSE_FUSION=1, DATA_PATH=lazy.data.name, **TINY)
     assert done.returncode == 0, done.stderr
@@ -255,7 +263,7 @@ WRONG = {
     'CURRENT_ORGAN_ID': ['', ' ', '2', '0', '1 1', '1,2', '*'], 'ORACLE_FUSION_ORGAN_ID': [' ', '2'],
     'ORGAN_NUMBER': ['0', '256', 'one'], 'FOLDS': ['0', '1', '2.5'], 'LOW_RANGE': ['-100,5', 'low', '240', 'nan'],
     'HIGH_RANGE': ['-100', ' '], 'SLICE_THRESHOLD': ['-1', 'most'], 'SLICE_THICKNESS': ['2', '33'],
-    'CURRENT_GPU': ['gpu0', '0,', '-1', '0 1'], 'PLANE_GPUS': ['0 1', 'a b c', ' 0 1 2'], 'PRECISION': ['fp16', 'FP32'],
+    'CURRENT_GPU': ['gpu0', '0,', '-1', '0 1'], 'PLANE_GPUS': ['0', 'a b c', ' 0 1 2'], 'PRECISION': ['fp16', 'FP32'],
     'SEED': ['-1', '1.5'], 'LABEL_ORIENTATION': ['turned'], 'PRETRAINING_WIDTH': ['0', '2'],
     'PRETRAINING_EPOCHS': ['0', 'ten'], 'PRETRAINING_LEARNING_RATE': ['0', 'fast'], 'LEARNING_RATE1': ['-1e-5', '1e-', '1e-5,'],
     'LEARNING_RATE_M1': ['x10', '0'], 'TRAINING_MARGIN': ['-1', '20px', '1e1'], 'TRAINING_PROB': ['1.5', '50%'],
@@ -510,23 +518,29 @@ def test_plane_gpus_are_one_for_each_plane_and_the_first_for_what_takes_one(tmp_
     ]  # fmt: skip
     one = [arguments[8] for _, script, arguments in found if script in ('pretrain.py', 'coarse2fine_testing.py')]
     assert one == ['4', '4']
+    found = launched(run_sh(**flags, PLANE_GPUS='4 cpu').stdout)
+    planes = [arguments[8:10] for _, script, arguments in found if script == 'training.py']
+    assert planes == [['X', '4'], ['Y', 'cpu'], ['Z', '4']]
 
 
 SETTINGS = {'TRAINING_MARGIN': '4', 'TRAINING_EPOCH_S': '1', 'TRAINING_EPOCH_I': '1', 'TRAINING_EPOCH_J': '1',
             'LR_DECAY_EPOCH_J_STEP': '1', 'CURRENT_GPU': 'cpu', 'PLANE_GPUS': 'cpu cpu cpu'}  # fmt: skip
 
 
-def test_planes_at_once_mark_their_lines_and_a_failure_of_one_ends_the_stage_and_names_it(tested):
-    next(tested.glob('models/snapshots/*/FD0:YJ3_1.pkl')).unlink()
-    done = run_sh(ENABLE_COARSE_TESTING=1, ENABLE_COARSE_FUSION=1, DATA_PATH=tested, **SETTINGS)
+@pytest.mark.parametrize(('gpus', 'lost'), [('cpu cpu cpu', 'Y'), ('cpu cpu', 'X')])
+def test_planes_at_once_mark_their_lines_and_a_failure_of_one_ends_the_stage_and_names_it(gpus, lost, tested):
+    next(tested.glob(f'models/snapshots/*/FD0:{lost}J3_1.pkl')).unlink()
+    flags = SETTINGS | {'PLANE_GPUS': gpus}
+    done = run_sh(ENABLE_COARSE_TESTING=1, ENABLE_COARSE_FUSION=1, DATA_PATH=tested, **flags)
     assert done.returncode == 1
     assert stages(done.stdout) == ['coarse testing']
     said = [line for line in done.stdout.splitlines() if not line.startswith('#')]
     assert {line[:3] for line in said} == {'X: ', 'Y: ', 'Z: '}
-    assert sorted(line[0] for line in said if line[3:].startswith('written: ')) == ['X', 'Z']
+    written = [line[0] for line in said if line[3:].startswith('written: ')]
+    assert sorted(written) == sorted({*'XYZ'} - {lost})
     assert done.stderr.splitlines() == [
-        'run.sh: coarse testing of fold 0, organ 1, plane Y failed (exit code 1)',
-        'run.sh: stopped in coarse testing of fold 0, organ 1, plane Y (exit code 1)',
+        f'run.sh: coarse testing of fold 0, organ 1, plane {lost} failed (exit code 1)',
+        f'run.sh: stopped in coarse testing of fold 0, organ 1, plane {lost} (exit code 1)',
     ]
 
 

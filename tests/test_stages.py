@@ -691,6 +691,8 @@ def test_stop_DSC_ends_a_case_where_two_rounds_agree_and_its_last_score_goes_on(
     assert text[5] == '  Testcase 2:'
     round_1, round_2 = (next(line for line in text if line.startswith(f'Round {r}, ')) for r in (1, 2))
     assert round_1.split('=')[1] == round_2.split('=')[1]
+    ended = 'Rounds ended at an inter-iteration DSC of 0.01: so do higher DSC thresholds .'
+    assert text[-1] == ended and ended not in full
     assert sorted(path.name for path in (tested / FINE / 'volumes').iterdir()) == [
         'R0_1.npz', 'R0_2.npz', 'R1_1.npz', 'R1_2.npz',
     ]  # fmt: skip

@@ -528,7 +528,7 @@ def test_loading_by_processes_gives_the_same_set(trained, data, call):
     assert one[:2] == two[:2] and one[3:] == two[3:], 'all but the arguments'
 
 
-def test_ctrl_c_saves_the_mode_and_stops_with_130(trained, data):
+def test_ctrl_c_saves_the_mode_and_stops_with_130(trained, data, capsys):
     (data / 'models/pretrained').mkdir(parents=True)
     shutil.copy(trained.data / 'models/pretrained/fcn8s_FD0_1.pth', data / 'models/pretrained')
     command = [sys.executable, CODE / 'training.py', *map(str, training_args(data, epochs=(1, 10000, 1, 1)))]
@@ -546,7 +546,9 @@ def test_ctrl_c_saves_the_mode_and_stops_with_130(trained, data):
         'FD0:ZI3_1.pkl',
         'FD0:ZS3_1.pkl',
     ]
-    load_RSTN(data / SNAPSHOTS / 'FD0:ZI3_1.pkl', 'O', 3, 4, CPU)
+    for mode, warned in (('S', False), ('I', True)):
+        load_RSTN(data / SNAPSHOTS / f'FD0:Z{mode}3_1.pkl', 'O', 3, 4, CPU)
+        assert ('its training was interrupted' in capsys.readouterr().out) == warned
 
 
 def test_a_loss_that_is_no_number_ends_training_in_one_line(trained, data, call):

@@ -29,10 +29,10 @@ from volumes.testing import PlaneSettings, PlaneTester
 from volumes.trust import (
     Watch,
     Watched,
-    checked,
     contraction,
     disagreement,
     entropy,
+    is_record,
     marked_part,
     other_starts,
     record_of_masks,
@@ -160,7 +160,7 @@ def test_a_start_is_widened_or_shifted_and_what_leaves_is_lost():
      {'rounds': [], 'probes': [math.nan]}, {'rounds': []}, {'rounds': [{'planes': [1]}], 'probes': []}],
 )  # fmt: skip
 def test_what_is_no_record_is_not_taken_for_one(record):
-    assert not checked(record)
+    assert not is_record(record)
 
 
 # --- the records of test cases -------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_coarse_to_fine_records_its_signals_beside_the_same_results(tested, call
     record = json.loads((folder / 'signals' / '1.json').read_text())
     results = json.loads((folder / 'results.json').read_text())
     case = results['cases'][0]
-    assert case['signals'] == record and checked(record)
+    assert case['signals'] == record and is_record(record)
     assert len(record['rounds']) == 3 and len(record['probes']) == 1
     for r in (1, 2):
         assert record['rounds'][r]['inter_iteration'] == pytest.approx(case['agreement'][str(r)])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from running.data_folder import read_cases
 from running.files import open_file
 from scans.dataset import read_label_names
-from scans.geometry import geometry_file, load_geometry
+from scans.geometry import geometry_file, known, load_geometry
 
 MOST_TEXT = 1 << 25  # bytes read of a log or results.txt; the longest training writes a third of it
 LONGEST_LINE = 1000  # bytes; a longer line is read in pieces
@@ -63,7 +63,7 @@ class Source:
     def geometry(self, fold, number):
         """Return the Geometry of the stored arrays, or None if it is unknown."""
         found = self.attempt(load_geometry, geometry_file(self.path, self.case_name(fold, number)))
-        return None if found is None or found.holds == 'nothing' else found
+        return found if known(found) else None
 
 
 def text_lines(path):

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from model import bounding_box
-from reporting.pictures import AS_PUBLISHED, COLOURS, INK, anatomy, standing
+from reporting.pictures import COLOURS, INK, anatomy, rows_and_columns, standing
 from running.data_folder import PLANES
 from running.files import atomic_write, read_volume
 from utils import to_unit
@@ -18,7 +18,8 @@ from volumes.rounds import coarse_probability
 from volumes.testing import PlaneSettings, PlaneTester
 
 WORLD = {'R': (0, 1), 'L': (0, -1), 'A': (1, 1), 'P': (1, -1), 'S': (2, 1), 'I': (2, -1)}
-TITLES = ('image', 'probability, round 0', 'saliency', 'the fine network sees', 'fine probability, round 1')
+IMAGE, SALIENCY, SEEN = 'image', 'saliency', 'the fine network sees'
+TITLES = (IMAGE, 'probability, round 0', SALIENCY, SEEN, 'fine probability, round 1')
 
 
 def write_explanation(folder, image, networks, mask, score, spacing=None):
@@ -63,9 +64,9 @@ def write_panels(path, tester, image, mask, score, found=None, spacing=None):
     """
     panels, box, j = look(tester, image, mask, score)
     axis = PLANES.index(tester.plane)
-    rows, columns = sorted({0, 1, 2} - {axis}, key=lambda a: -(found or AS_PUBLISHED)[a][0])
+    rows, columns = rows_and_columns(axis, found)
     aspect = 1 if spacing is None else spacing[rows] / spacing[columns]
-    inside = np.zeros(panels['image'].shape, bool)
+    inside = np.zeros(panels[IMAGE].shape, bool)
     inside[box[0] : box[1], box[2] : box[3]] = True
     upright = {name: standing(panel[None], rows, columns, found)[0] for name, panel in panels.items()}
     inside = standing(inside[None], rows, columns, found)[0]
@@ -74,13 +75,13 @@ def write_panels(path, tester, image, mask, score, found=None, spacing=None):
     figure = Figure((12.5, 3.1), layout='constrained')
     for place, (axes, title) in enumerate(zip(figure.subplots(1, len(TITLES)), TITLES)):
         panel = upright[title]
-        if title == TITLES[3]:
+        if title == SEEN:
             panel = panel[a0 : a0 + height, b0 : b0 + width]
-        ranges = (None, None) if title in TITLES[2:4] else (0, 1)
-        colours = 'gray' if title in (TITLES[0], TITLES[3]) else 'magma'
+        ranges = (None, None) if title in (SALIENCY, SEEN) else (0, 1)
+        colours = 'gray' if title in (IMAGE, SEEN) else 'magma'
         shown = axes.imshow(panel, cmap=colours, vmin=ranges[0], vmax=ranges[1], aspect=aspect, interpolation='nearest')
         figure.colorbar(shown, ax=axes, shrink=0.6, pad=0.02).ax.tick_params(labelsize=6)
-        if title != TITLES[3]:
+        if title != SEEN:
             axes.add_patch(Rectangle((b0 - 0.5, a0 - 0.5), width, height, fill=False, ec=COLOURS['label'], lw=1))
         axes.set_title(title if place else f'{title}, plane {tester.plane}, slice {j}', fontsize=9, color=INK)
         axes.set_axis_off()

@@ -158,7 +158,7 @@ def write_plane(folder, stem, plane, volumes, box, shape, geometry, most_slices)
     axis = PLANES.index(plane)
     found = anatomy(geometry)
     spacing = np.ones(3) if geometry is None else geometry.spacing
-    rows, columns = sorted({0, 1, 2} - {axis}, key=lambda a: -(found or AS_PUBLISHED)[a][0])
+    rows, columns = rows_and_columns(axis, found)
     seen = {name: upright(volume, plane, rows, columns, found) for name, volume in volumes.items()}
     places, first = chosen_slices(seen, most_slices)
     stride = math.ceil(max(seen['image'].shape[1:]) / MOST_PIXELS)
@@ -213,8 +213,13 @@ def upright(volume, plane, rows, columns, found):
     return standing(plane_view(volume, plane), rows, columns, found)
 
 
+def rows_and_columns(axis, found):
+    """Return the axes that run along rows and columns of the slices along `axis`, so that head or front is up."""
+    return sorted({0, 1, 2} - {axis}, key=lambda a: -(found or AS_PUBLISHED)[a][0])
+
+
 def standing(view, rows, columns, found):
-    """Return the slices (N, A, B), turned to stand so; rows, columns: the axes of the volume to run along them."""
+    """Return the slices (N, A, B) with head or front up and the patient's right on the left; see rows_and_columns."""
     view = view if rows < columns else view.swapaxes(1, 2)
     flips = [slice(None, None, -1 if found and found[axis][1] > 0 else 1) for axis in (rows, columns)]
     return view[:, flips[0], flips[1]]

@@ -12,7 +12,8 @@ from reporting.surfaces import write_surfaces
 from utils import DSC_computation
 from volumes.calibration import SIGNALS, case_signals
 
-HEADLINES = ['coarse2fine', 'coarse_fusion_F2P', 'coarse_Z', 'coarse_Y', 'coarse_X', 'oracle_fusion_F2P']  # the first
+# the headline of a run is the first of these that it has
+HEADLINES = ['coarse2fine', 'coarse_fusion_F2P', 'coarse_Z', 'coarse_Y', 'coarse_X', 'oracle_fusion_F2P']
 MAIN = ['coarse_X', 'coarse_Y', 'coarse_Z', 'coarse_fusion_F2P', 'oracle_fusion_F2P', 'coarse2fine_R0', 'coarse2fine']
 DISTANCES = ('HD95', 'ASD', 'NSD')
 

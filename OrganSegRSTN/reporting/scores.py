@@ -13,7 +13,7 @@ from running.results import read_settings
 from utils import Dice
 from volumes.fusion import FUSIONS
 from volumes.rounds import AGREEMENTS
-from volumes.trust import checked
+from volumes.trust import is_record
 
 MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)  # from reading an odd JSON
 
@@ -102,9 +102,16 @@ class ResultFolder(NamedTuple):
         stop = min(float(AGREEMENTS[-1]), stop if isinstance(stop, int | float) else 1)
         return {'threshold': float(name['threshold']), 'stop_DSC': stop, 'rounds': int(name['rounds'])}
 
+    def way(self):
+        """Return {setting: value} of the test: thresholds and most rounds by its name, the rest by run.json."""
+        settings = read_settings(self.path / 'run.json')
+        chosen = {key: settings[key] for key in ('window', 'precision', 'average', 'stop_DSC') if key in settings}
+        named = re.search(r'[:_]e\d+[_,](.+)', self.path.name)
+        return chosen | ({'thresholds': named[1]} if named else {})
+
     def intensity_window(self):
         """Return the intensity window (HU) of the test, from run.json, or None."""
-        match (read_settings(self.path / 'run.json') or {}).get('window'):
+        match read_settings(self.path / 'run.json').get('window'):
             case [int() | float() as low, int() | float() as high] if low < high:
                 return low, high
         return None
@@ -130,7 +137,31 @@ def read_results(source):
         if other := folds.get(folder.fold):
             source.notice(f'{other.path}: left out, {path.name} is a later run of the same')
         folds[folder.fold] = folder
+    for stages in runs.values():
+        source.attempt(notice_mixed, source, stages)
     return dict(sorted(runs.items()))
+
+
+def notice_mixed(source, stages):
+    """Notice what stands in one table though it is not alike: folds tested otherwise, stages of several trainings."""
+    for folds in stages.values():
+        first, *others = folds.values()
+        for other in others:
+            ours, theirs = first.way(), other.way()
+            if differing := [key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]]:
+                found = ', '.join(f'{key} {theirs[key]} instead of {ours[key]}' for key in sorted(differing))
+                source.notice(f'{other.path}: {found}, unlike fold {first.fold}: their mean says little')
+    for fold in sorted({fold for folds in stages.values() for fold in folds}):
+        trainings = {}
+        for stage, folder in ((stage, folds[fold]) for stage, folds in stages.items() if fold in folds):
+            for plane, _, _, _, time in re.findall(SNAPSHOT_PARTS, folder.path.name):
+                trainings.setdefault(plane, {}).setdefault(time or 'no timestamp', stage)
+        if mixed := next((stages for stages in trainings.values() if len(stages) > 1), None):
+            found = ', '.join(f'{time} ({stage})' for time, stage in sorted(mixed.items()))
+            source.notice(f'fold {fold}: its stages tested several trainings: {found}')
+    for folder in stages.get('coarse2fine', {}).values():
+        if (stop := folder.end_of_rounds()['stop_DSC']) < float(AGREEMENTS[-1]):
+            source.notice(f'{folder.path}: rounds ended at an agreement of {stop}; figures of higher ones are of that')
 
 
 def read_folder(source, path):
@@ -174,7 +205,7 @@ def json_scores(case):
             raise ValueError(f'{both} of {pred} and {label} voxels cannot overlap')
         dice[key] = dice_of(both, pred, label)
     agreement = {int(r): float(value) for r, value in case.get('agreement', {}).items()}
-    signals = case['signals'] if checked(case.get('signals')) else None
+    signals = case['signals'] if is_record(case.get('signals')) else None
     return int(case['number']), CaseScores(str(case['image_file']), dice, agreement, signals)
 
 

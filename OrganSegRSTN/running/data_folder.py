@@ -162,6 +162,28 @@ def resized(data_path, path):
     return path.stat().st_size != size
 
 
+def warn_of_changed_volumes(data_path):
+    """Print a warning where images or labels are not as init.py found them when it sliced them, by its record."""
+    try:
+        recorded = [
+            (Path(data_path, kind, f'{name}.npy'), found)
+            for name, files in read_json(Path(data_path, INIT_RECORD))['cases'].items()
+            for kind, found in zip(('images', 'labels'), files, strict=True)
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return  # slices of the published pipeline have no record
+    changed = [str(path) for path, found in recorded if path.exists() and file_state(path) != found]
+    if changed:
+        more = f' and {len(changed) - 1} more' if changed[1:] else ''
+        print_once(f'warning: {changed[0]}{more}: changed or copied since init.py sliced them; run init.py again')
+
+
+def file_state(path):
+    """Return [bytes, time of the last change (ns)] of a file."""
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns]
+
+
 @functools.cache
 def print_once(line):
     """Print a line the first time that it comes."""
@@ -323,6 +345,8 @@ def _find_snapshots(args, asked):
         chosen = '_' if '_' in shared else max(shared)
         if chosen != '_':
             print(f'{", ".join(open_planes)}: no snapshot without a timestamp; tests the training {chosen}')
+        elif not given and (others := set.union(*stored.values()) - {'_'}):
+            print(f'{", ".join(open_planes)}: tests the snapshots without a timestamp, not {", ".join(sorted(others))}')
     return [snapshot_name(args, plane, 'J', chosen if plane in open_planes else time) for plane, time in asked.items()]
 
 

@@ -49,6 +49,8 @@ def load_weights(path):
         raise ValueError(f'{path}: refused: its tensors ask for more numbers than the file holds')
     for key in [key for key in state if key.startswith('module.')]:
         state[key.removeprefix('module.')] = state.pop(key)
+    if description(state).get('interrupted'):
+        print_once(f'warning: {path}: its training was interrupted by Ctrl-C, and not finished since')
     return state
 
 
@@ -72,7 +74,7 @@ def check_shapes(path, state, expected):
 
 FACTS = {
     'organ_ID': int, 'plane': str, 'slice_thickness': int, 'crop_margin': int, 'intensity_window': list, 'cases': list,
-    'orientation': str, 'spacing': list, 'place': list, 'recipe': str, 'revision': str,
+    'orientation': str, 'spacing': list, 'place': list, 'recipe': str, 'revision': str, 'interrupted': bool,
 }  # fmt: skip
 FAR_SPACING = 1.5  # times the voxels of the training
 

@@ -1,6 +1,7 @@
 """What dicom2npy.py and nii2npy.py share: naming and writing a case, going on when one fails."""
 
 import contextlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -59,6 +60,10 @@ def save_scan(data_path, case, scan, label=None):
     label: what save_label writes next. Without it, print a line if the stored label was made for another image.
     """
     geometry = scan.geometry or Geometry(np.eye(4), 'nothing', str(image_file(data_path, case)), 'unknown')
+    with contextlib.suppress(ValueError):  # nothing is known of what is broken
+        former = read_record(geometry_file(data_path, case)).get('source')
+        if former and scan.geometry and former != os.path.abspath(geometry.source):
+            print(f'{case}: replaces the scan of {former}')
     partners = {'shape': scan.image.shape, 'image_crc32': crc32(scan.image)}
     if label is not None:
         partners['label_crc32'] = crc32(label)
@@ -105,6 +110,9 @@ def label_file(data_path, case):
 def convert_all(data_path, cases, convert):
     """Call convert(case, sources) for each item, also after failures; return the exit code."""
     failed = []
+    if kept := sorted({path.stem for path in Path(data_path, 'images').glob('*.npy')} - cases.keys()):
+        print(f'{len(kept)} cases of earlier conversions are kept: {", ".join(kept[:5])}{" ..." if kept[5:] else ""}; to '
+              f'leave one out, remove its files from {data_path}/images and labels')  # fmt: skip
     with locked(Path(data_path, '.lock'), *(f'{kind}/{LEFTOVERS}' for kind in ('images', 'labels', 'geometry'))):
         for case, sources in sorted(cases.items()):
             try:

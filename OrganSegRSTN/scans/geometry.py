@@ -43,9 +43,9 @@ class Geometry(NamedTuple):
         """Return the volume of a voxel in ml."""
         return abs(np.linalg.det(self.affine[:3, :3])) / 1000
 
-    def transposed(self, axes=PUBLISHED):
-        """Return the geometry of the array's transpose."""
-        return self._replace(affine=self.affine[:, [*axes, 3]])
+    def transposed(self):
+        """Return the geometry of the array's transpose(1, 0, 2)."""
+        return self._replace(affine=self.affine[:, [*PUBLISHED, 3]])
 
 
 class Scan(NamedTuple):
@@ -129,14 +129,15 @@ def check_partners(data_path, case, image, label):
     path = geometry_file(data_path, case)
     content = read_record(path)
     if fault := _image_fault(content, image.shape, image):
-        what, entry = f'images/{case}.npy: {fault}', '' if 'shape' in fault else '"image_crc32" from '
+        what, entry = f'images/{case}.npy: {fault}', 'image_crc32'
     elif 'label_crc32' in content and content['label_crc32'] != crc32(label):
         earlier = content['label_crc32'] is None
         fault = f'images/{case}.npy has changed' if earlier else 'its voxels have changed'
-        what, entry = f'labels/{case}.npy: {fault}', '"label_crc32" from '
+        what, entry = f'labels/{case}.npy: {fault}', 'label_crc32'
     else:
         return
-    raise ValueError(f'{what} since its conversion; convert it again, or, if that is right, delete {entry}{path}')
+    record = path if 'shape' in fault else f'"{entry}" from {path}, or all of it if axes were turned'
+    raise ValueError(f'{what} since its conversion; convert it again, or, if that is right, delete {record}')
 
 
 def _image_fault(content, shape, image):

@@ -32,6 +32,7 @@ def fine_round(mask, score, fine, image, threshold, weights=None):
     place = region(mask, fine[0].reach)  # the rest of the scan does not matter
     seen = [tester.predict(image[place], score=score[place], mask=mask[place]) for tester in fine]
     found = sum(seen) / np.float32(len(fine)) if weights is None else weighted(seen, weights)
+    # outside, the probability is 0, which a threshold of 0 counts as organ
     score, mask = np.zeros(score.shape, np.float32), np.full(score.shape, threshold <= 0, np.uint8)
     score[place], mask[place] = found, found >= threshold
     return post_processing(mask, mask, 0.5, None), score

@@ -217,7 +217,7 @@ def run_settings(args, cases, snapshots, kinds=('image_file',)):
 
 
 def case_weights(args, cases):
-    """Return {image file: plane_weights} of these cases of a data folder."""
+    """Return {image file: plane_weights} of these cases of a data folder; {} with the published recipe."""
     weights = {}
     for case in cases if args.recipe == 'fast' else ():
         name = Path(case.image_file).stem

@@ -183,12 +183,12 @@ def stored_record(folder, number):
     """Return a case's record, or None where there is none that is whole."""
     try:
         record = read_json(record_file(folder, number))
-        return record if checked(record) else None
+        return record if is_record(record) else None
     except (OSError, ValueError):
         return None
 
 
-def checked(record):
+def is_record(record):
     """Return whether this is a record: what it holds may come from a damaged or strange file."""
     rounds, probes = (record.get(name) for name in ('rounds', 'probes')) if isinstance(record, dict) else (None, None)
     if not (
