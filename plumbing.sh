@@ -143,7 +143,7 @@ made_with() {  # made_with SETTINGS RECORD: refuse to start from an FCN-8s of pr
   local made=${2%.txt}.pth
   [[ -n $TRAINING_PRETRAINED$JOINT_FROM ]] || from_outside ||
     [[ ! -e $made || ! -e $2 || $2 -ot $made || $(<"$2") == "$1" ]] ||
-    refuse "$made was made with $(<"$2"), not $1; ENABLE_PRETRAINING=1 makes it anew"
+    refuse "$made was made with $(<"$2"), not $1; ENABLE_PRETRAINING=1 makes a new start"
 }
 
 check_start() {  # a training must not start from converted weights beside those that this run pretrains

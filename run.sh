@@ -58,13 +58,13 @@ if is_demo; then
   : "${ORGAN_NUMBER:=8}"
   : "${RECIPE:=fast}"
   : "${PRETRAINING_WIDTH:=8}"           # the paper's network has 64: days on a CPU
-  : "${PRETRAINING_EPOCHS:=4}"
+  : "${PRETRAINING_EPOCHS:=3}"
   : "${PRETRAINING_LEARNING_RATE:=1e-3}"
   : "${LEARNING_RATE1:=1e-3}"           # a narrow network learns faster
   : "${LEARNING_RATE_M1:=1}"
   : "${TRAINING_EPOCH_S:=1}"
   : "${TRAINING_EPOCH_I:=1}"
-  : "${TRAINING_EPOCH_J:=3}"
+  : "${TRAINING_EPOCH_J:=2}"
   : "${LR_DECAY_EPOCH_J_STEP:=1}"
   : "${TRAINING_MARGIN:=10}"            # of voxels of 3.3 mm
   : "${MAX_ROUNDS:=3}"

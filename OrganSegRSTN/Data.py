@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from running.data_folder import Slice, read_cases, read_list, slice_list, warn_of_changed_volumes
+from running.data_folder import PLANES, Slice, changed_since_init, print_once, read_cases, read_list, slice_list
 from running.files import load_array
 from running.processes import send
 from running.results import Checksums, revision
@@ -36,13 +36,14 @@ class DataLayer(Dataset):
         self.intensity_window, self.thickness = (low_range, high_range), slice_thickness
         path = slice_list(data_path, plane)
         self.slices = read_slices(path)
-        warn_of_changed_volumes(data_path)
         if any(len(record.organs) < organ_ID for record in self.slices):
             raise ValueError(f'{path}: holds no organ {organ_ID}; run init.py with organ_number {organ_number}')
         cases = read_cases(data_path, 'training', current_fold)
         training = {case.number for case in cases}
         self.check_end(path, training)
         self.check_numbers(path, cases)
+        for case in cases:
+            self.compare_slices(case, plane)
         pixels = [record.organs[organ_ID - 1][0] for record in self.slices]
         bar = slice_bar(pixels, slice_threshold)
         self.active = [i for i, record in enumerate(self.slices) if pixels[i] >= bar and record.case in training]
@@ -70,6 +71,16 @@ class DataLayer(Dataset):
                     f'{path}: case {case.number} is {names[case.number]}, but {case.image_file} in the list of the '
                     'fold; correct its number there, or run init.py again'
                 )
+
+    def compare_slices(self, case, plane):
+        """Print a warning where the slices of a case are not those of its volumes, of which init.py made them."""
+        for kind in ('image_file', 'label_file'):
+            file = getattr(case, kind)
+            if changed_since_init(self.data_path, file):  # or copied
+                volume = np.moveaxis(load_array(os.path.join(self.data_path, file)), PLANES.index(plane), 0)
+                slices = [getattr(record, kind) for record in self.slices if record.case == case.number]
+                if len(slices) != len(volume) or not np.array_equal(self.stack(slices), volume):
+                    print_once(f'warning: {file}: has changed since init.py sliced it; run init.py again')
 
     def __len__(self):
         return len(self.active)

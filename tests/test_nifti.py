@@ -251,8 +251,7 @@ def test_folders_and_patterns_that_the_user_names(tmp_path, convert):
     write_nifti(tmp_path / 'my [labels]/label0007.nii.gz', label.astype(np.int32))
     raw, out = tmp_path / 'scans', tmp_path / 'data'
     convert(raw, out, '--images', raw / '*_ct.nii.gz', '--labels', raw / '*_label.nii.gz')
-    said, _ = convert('.', 'data', '--images', 'img', '--labels', 'my [labels]', cwd=tmp_path)
-    assert '1 cases of earlier conversions are kept: pt_1; to leave one out' in said
+    convert('.', 'data', '--images', 'img', '--labels', 'my [labels]', cwd=tmp_path)
     images, labels = loaded(out, 'images'), loaded(out, 'labels')
     assert list(images) == list(labels) == ['0007', 'pt_1']
     for case in images:
@@ -280,13 +279,29 @@ def test_a_case_that_fails_is_named_and_the_others_are_converted(tmp_path, conve
     assert failed.splitlines()[0] == '3 of 4 cases failed:' and len(failed.splitlines()) == 4
 
 
+def test_a_case_whose_raw_scan_is_gone_is_named_not_one_of_another_folder(tmp_path, convert):
+    for folder, case in (('a', '1'), ('a', '2'), ('b', '3')):
+        write_nifti(tmp_path / folder / f'images/{case}.nii.gz', random_volume())
+        write_nifti(tmp_path / folder / f'labels/{case}.nii.gz', (random_volume() > 0).astype(np.uint8))
+    said = [convert(tmp_path / folder, tmp_path / 'data')[0] for folder in 'ab']
+    assert 'kept' not in ''.join(said)
+    (tmp_path / 'a/images/2.nii.gz').unlink()
+    (tmp_path / 'a/labels/2.nii.gz').unlink()
+    said, _ = convert(tmp_path / 'a', tmp_path / 'data')
+    assert [line for line in said.splitlines() if 'kept' in line] == [
+        f'2: kept, though {tmp_path}/a/images/2.nii.gz is gone; to leave it out, remove images/2.npy and labels/2.npy'
+    ]
+
+
 def test_a_scan_of_another_source_that_takes_the_name_of_a_case_is_named(tmp_path, convert):
-    for site in 'ab':
-        write_nifti(tmp_path / site / 'images/001.nii.gz', random_volume())
+    for site, brighter in (('a', 0), ('b', 1)):
+        write_nifti(tmp_path / site / 'images/001.nii.gz', random_volume() + brighter)
         write_nifti(tmp_path / site / 'labels/001.nii.gz', (random_volume() > 0).astype(np.uint8))
-    said = [convert(tmp_path / site, tmp_path / 'data')[0] for site in 'aab']
+    said = [convert(tmp_path / 'a', tmp_path / 'data')[0]]
+    (tmp_path / 'a').rename(tmp_path / 'moved')
+    said += [convert(tmp_path / site, tmp_path / 'data')[0] for site in ('moved', 'b')]
     assert ['replaces' in text for text in said] == [False, False, True]
-    assert f'001: replaces the scan of {tmp_path}/a/images/001.nii.gz' in said[2]
+    assert f'001: replaces the scan of {tmp_path}/moved/images/001.nii.gz' in said[2]
 
 
 def test_nothing_to_convert(tmp_path, convert):

@@ -319,7 +319,7 @@ def test_folds_that_were_tested_in_different_ways_are_named(golden, report):
     (second / 'run.json').write_text('{"stop_DSC": "none"}')
     out, *_ = report(golden)
     assert (
-        f'{second.name}: stop_DSC none instead of 0.95, thresholds 0.5_0.4,3 instead of 0.5_0.5,3, unlike fold 0' in out
+        f'{second.name}: stop_DSC 0.99 instead of 0.95, thresholds 0.5_0.4,3 instead of 0.5_0.5,3, unlike fold 0' in out
     )
     assert f'{first.name}: rounds ended at an agreement of 0.95' in out and f'{second.name}: rounds ended' not in out
 

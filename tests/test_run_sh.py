@@ -536,6 +536,8 @@ def test_planes_at_once_mark_their_lines_and_a_failure_of_one_ends_the_stage_and
     assert stages(done.stdout) == ['coarse testing']
     said = [line for line in done.stdout.splitlines() if not line.startswith('#')]
     assert {line[:3] for line in said} == {'X: ', 'Y: ', 'Z: '}
+    order = ''.join(line[0] for line in said)
+    assert gpus != 'cpu cpu' or order.rindex('X') < order.index('Z'), 'Z follows X'
     written = [line[0] for line in said if line[3:].startswith('written: ')]
     assert sorted(written) == sorted({*'XYZ'} - {lost})
     assert done.stderr.splitlines() == [

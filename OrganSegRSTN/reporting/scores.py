@@ -103,11 +103,13 @@ class ResultFolder(NamedTuple):
         return {'threshold': float(name['threshold']), 'stop_DSC': stop, 'rounds': int(name['rounds'])}
 
     def way(self):
-        """Return {setting: value} of the test: thresholds and most rounds by its name, the rest by run.json."""
+        """Return {setting: value} of what figures depend on: thresholds and most rounds by its name, the rest by run.json."""
         settings = read_settings(self.path / 'run.json')
-        chosen = {key: settings[key] for key in ('window', 'precision', 'average', 'stop_DSC') if key in settings}
+        found = {key: settings[key] for key in ('window', 'average') if key in settings}
+        if 'stop_DSC' in settings:
+            found['stop_DSC'] = self.end_of_rounds()['stop_DSC']
         named = re.search(r'[:_]e\d+[_,](.+)', self.path.name)
-        return chosen | ({'thresholds': named[1]} if named else {})
+        return found | ({'thresholds': named[1]} if named else {})
 
     def intensity_window(self):
         """Return the intensity window (HU) of the test, from run.json, or None."""

@@ -162,20 +162,17 @@ def resized(data_path, path):
     return path.stat().st_size != size
 
 
-def warn_of_changed_volumes(data_path):
-    """Print a warning where images or labels are not as init.py found them when it sliced them, by its record."""
+def changed_since_init(data_path, file):
+    """Return whether images/CASE.npy or labels/CASE.npy has another size or time than in the record of init.py.
+
+    What the record does not hold, or cannot be read, counts as unchanged.
+    """
+    path = Path(data_path, file)
     try:
-        recorded = [
-            (Path(data_path, kind, f'{name}.npy'), found)
-            for name, files in read_json(Path(data_path, INIT_RECORD))['cases'].items()
-            for kind, found in zip(('images', 'labels'), files, strict=True)
-        ]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return  # slices of the published pipeline have no record
-    changed = [str(path) for path, found in recorded if path.exists() and file_state(path) != found]
-    if changed:
-        more = f' and {len(changed) - 1} more' if changed[1:] else ''
-        print_once(f'warning: {changed[0]}{more}: changed or copied since init.py sliced them; run init.py again')
+        recorded = dict(zip(('images', 'labels'), read_json(Path(data_path, INIT_RECORD))['cases'][path.stem]))
+        return file_state(path) != recorded[path.parent.name]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def file_state(path):
@@ -346,7 +343,8 @@ def _find_snapshots(args, asked):
         if chosen != '_':
             print(f'{", ".join(open_planes)}: no snapshot without a timestamp; tests the training {chosen}')
         elif not given and (others := set.union(*stored.values()) - {'_'}):
-            print(f'{", ".join(open_planes)}: tests the snapshots without a timestamp, not {", ".join(sorted(others))}')
+            others = ', '.join(sorted(others))
+            print_once(f'{", ".join(open_planes)}: tests the snapshots without a timestamp, not {others}')
     return [snapshot_name(args, plane, 'J', chosen if plane in open_planes else time) for plane, time in asked.items()]
 
 

@@ -60,11 +60,10 @@ def save_scan(data_path, case, scan, label=None):
     label: what save_label writes next. Without it, print a line if the stored label was made for another image.
     """
     geometry = scan.geometry or Geometry(np.eye(4), 'nothing', str(image_file(data_path, case)), 'unknown')
-    with contextlib.suppress(ValueError):  # nothing is known of what is broken
-        former = read_record(geometry_file(data_path, case)).get('source')
-        if former and scan.geometry and former != os.path.abspath(geometry.source):
-            print(f'{case}: replaces the scan of {former}')
     partners = {'shape': scan.image.shape, 'image_crc32': crc32(scan.image)}
+    former, here = recorded(data_path, case), os.path.abspath(geometry.source)
+    if former.get('source', here) != here and former.get('image_crc32') != partners['image_crc32'] and scan.geometry:
+        print(f'{case}: replaces the scan of {former["source"]}')
     if label is not None:
         partners['label_crc32'] = crc32(label)
     elif label_file(data_path, case).exists():
@@ -97,6 +96,13 @@ def _partner_label(data_path, case, geometry, image_crc32):
     return {'label_crc32': None}
 
 
+def recorded(data_path, case):
+    """Return what geometry/CASE.json holds; {} where there is none that can be read."""
+    with contextlib.suppress(ValueError):
+        return read_record(geometry_file(data_path, case))
+    return {}
+
+
 def image_file(data_path, case):
     """Return the path of images/CASE.npy in the data folder."""
     return Path(data_path, 'images', f'{case}.npy')
@@ -110,9 +116,12 @@ def label_file(data_path, case):
 def convert_all(data_path, cases, convert):
     """Call convert(case, sources) for each item, also after failures; return the exit code."""
     failed = []
-    if kept := sorted({path.stem for path in Path(data_path, 'images').glob('*.npy')} - cases.keys()):
-        print(f'{len(kept)} cases of earlier conversions are kept: {", ".join(kept[:5])}{" ..." if kept[5:] else ""}; to '
-              f'leave one out, remove its files from {data_path}/images and labels')  # fmt: skip
+    for case in sorted({path.stem for path in Path(data_path, 'geometry').glob('*.json')} - cases.keys()):
+        source = recorded(data_path, case).get('source')
+        if source and image_file(data_path, case).exists() and not os.path.exists(source):
+            print(
+                f'{case}: kept, though {source} is gone; to leave it out, remove images/{case}.npy and labels/{case}.npy'
+            )
     with locked(Path(data_path, '.lock'), *(f'{kind}/{LEFTOVERS}' for kind in ('images', 'labels', 'geometry'))):
         for case, sources in sorted(cases.items()):
             try:
