@@ -57,7 +57,7 @@ if is_demo; then
   PHANTOM_CASES=16
   : "${ORGAN_NUMBER:=8}"
   : "${RECIPE:=fast}"
-  : "${PRETRAINING_WIDTH:=8}"           # the paper's network has 64: days on a CPU
+  : "${PRETRAINING_WIDTH:=12}"          # the paper's network has 64: days on a CPU
   : "${PRETRAINING_EPOCHS:=3}"
   : "${PRETRAINING_LEARNING_RATE:=1e-3}"
   : "${LEARNING_RATE1:=1e-3}"           # a narrow network learns faster
