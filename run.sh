@@ -69,8 +69,8 @@ if is_demo; then
   : "${TRAINING_MARGIN:=10}"            # of voxels of 3.3 mm
   : "${MAX_ROUNDS:=3}"
   : "${SEED:=0}"
-  command -v nvidia-smi >/dev/null || : "${PLANE_GPUS:=cpu cpu}"  # Y has as many slices as X and Z
-  [[ -n ${OMP_NUM_THREADS:-} ]] || SHARE=2  # threads: so narrow a network gains nothing from more
+  command -v nvidia-smi >/dev/null || : "${PLANE_GPUS:=cpu cpu}"  # X, then Z, beside Y, which has as many slices
+  [[ -n ${OMP_NUM_THREADS:-} ]] || SHARE=2  # threads, on any machine: the result depends on their number
 fi
 #### END OF DEMO SETTINGS ##########################################################################
 

@@ -156,8 +156,8 @@ def halved(size):
 def on_a_canvas(groups):
     """Return all images in one batch (N, 3, A, B), zero beyond small ones, and where it begins in the padded image.
 
-    On a CPU, unless it needs a gradient, it is cut to what is not zero: air is. On CUDA, where looking costs more than it saves, sizes become
-    multiples of 16, so that few shapes occur.
+    On a CPU, unless it needs a gradient, it is cut to what is not zero: air is. On CUDA, where looking costs more
+    than it saves, sizes become multiples of 16, so that few shapes occur.
     """
     height, width = (max(x.shape[axis] for x in groups) for axis in (2, 3))
     cuda = on_card(groups[0])

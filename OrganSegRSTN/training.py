@@ -88,19 +88,19 @@ def train(args, run, state, device, wrap):
     rates = 'learning_rate1 learning_rate_m1' if args.joint_from is None else 'learning_rate2 learning_rate_m2'
     optimizer = recipe.make_optimizer(model, *(getattr(args, rate) for rate in rates.split()))
     run.restore(state, model=model, optimizer=optimizer)
-    mode, whole, wrapped = MODES[0], False, {}
+    mode, ended, wrapped = MODES[0], False, {}
     try:
         for mode, epoch in run.epochs(schedule(args)):
             if mode not in wrapped:
                 wrapped = {mode: wrap(model, mode)}
-            whole = False
+            ended = False
             train_epoch(args, run, mode, epoch, wrapped[mode], optimizer, slices, recipe)
             end_epoch(args, run, mode, epoch, model, optimizer, recipe)
-            whole = epoch + 1 == epochs(args, mode)
+            ended = epoch + 1 == epochs(args, mode)
     except script.Terminated:
         raise
     except KeyboardInterrupt:
-        save_snapshot(args, run, mode, model, interrupted=not whole)
+        save_snapshot(args, run, mode, model, interrupted=not ended)
         print(f'{args.current_fold}{args.plane}{mode} interrupted: saved as it was, {snapshot_path(args, mode)}')
         raise
     run.save(finished=True)

@@ -102,7 +102,7 @@ class ResultFolder(NamedTuple):
         stop = min(float(AGREEMENTS[-1]), stop if isinstance(stop, int | float) else 1)
         return {'threshold': float(name['threshold']), 'stop_DSC': stop, 'rounds': int(name['rounds'])}
 
-    def way(self):
+    def test_settings(self):
         """Return {setting: value} of what figures depend on: thresholds and most rounds by its name, the rest by run.json."""
         settings = read_settings(self.path / 'run.json')
         found = {key: settings[key] for key in ('window', 'average') if key in settings}
@@ -145,25 +145,35 @@ def read_results(source):
 
 
 def notice_mixed(source, stages):
-    """Notice what stands in one table though it is not alike: folds tested otherwise, stages of several trainings."""
+    """Notice what stands in one table though it is not alike, and rounds that ended before the paper's stop."""
     for folds in stages.values():
-        first, *others = folds.values()
-        for other in others:
-            ours, theirs = first.way(), other.way()
-            if differing := [key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]]:
-                found = ', '.join(f'{key} {theirs[key]} instead of {ours[key]}' for key in sorted(differing))
-                source.notice(f'{other.path}: {found}, unlike fold {first.fold}: their mean says little')
+        notice_settings(source, *folds.values())
     for fold in sorted({fold for folds in stages.values() for fold in folds}):
-        trainings = {}
-        for stage, folder in ((stage, folds[fold]) for stage, folds in stages.items() if fold in folds):
-            for plane, _, _, _, time in re.findall(SNAPSHOT_PARTS, folder.path.name):
-                trainings.setdefault(plane, {}).setdefault(time or 'no timestamp', stage)
-        if mixed := next((stages for stages in trainings.values() if len(stages) > 1), None):
-            found = ', '.join(f'{time} ({stage})' for time, stage in sorted(mixed.items()))
-            source.notice(f'fold {fold}: its stages tested several trainings: {found}')
+        notice_trainings(source, fold, {stage: folds[fold] for stage, folds in stages.items() if fold in folds})
     for folder in stages.get('coarse2fine', {}).values():
         if (stop := folder.end_of_rounds()['stop_DSC']) < float(AGREEMENTS[-1]):
             source.notice(f'{folder.path}: rounds ended at an agreement of {stop}; figures of higher ones are of that')
+
+
+def notice_settings(source, first, *others):
+    """Notice the folds of a stage that were tested with other settings than the first one."""
+    ours = first.test_settings()
+    for other in others:
+        theirs = other.test_settings()
+        if differing := [key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]]:
+            found = ', '.join(f'{key} {theirs[key]} instead of {ours[key]}' for key in sorted(differing))
+            source.notice(f'{other.path}: {found}, unlike fold {first.fold}: their mean says little')
+
+
+def notice_trainings(source, fold, folders):
+    """Notice that a fold's folders {stage: ResultFolder} are of several trainings, by the timestamps in their names."""
+    trainings = {}
+    for stage, folder in folders.items():
+        for plane, _, _, _, time in re.findall(SNAPSHOT_PARTS, folder.path.name):
+            trainings.setdefault(plane, {}).setdefault(time or 'no timestamp', stage)
+    if mixed := next((stages for stages in trainings.values() if len(stages) > 1), None):
+        found = ', '.join(f'{time} ({stage})' for time, stage in sorted(mixed.items()))
+        source.notice(f'fold {fold}: its stages tested several trainings: {found}')
 
 
 def read_folder(source, path):

@@ -119,7 +119,7 @@ def pick_precision(asked, device):
 
 
 def set_up(args):
-    """Return the device of a stage, set up for args.precision and args.seed; print it; replace `auto` in args.precision."""
+    """Return a stage's device, set up for args.precision and args.seed, and print it; replace an args.precision of auto."""
     device = pick_device(args.GPU_ID)
     print_device(device, args.GPU_ID)
     args.precision = pick_precision(args.precision, device)

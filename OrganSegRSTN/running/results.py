@@ -56,7 +56,7 @@ class Results:
         self.cases.append(found)
 
     def average(self, values):
-        """Return numpy's mean and std of the defined values, nan without any; count the cases that are nan for the last line."""
+        """Return numpy's mean and std of the defined values, nan where there is none; remember the undefined cases."""
         defined = [value for value in values if not math.isnan(value)]
         self.undefined |= {i for i, value in enumerate(values) if math.isnan(value)}
         if not defined:
