@@ -1,6 +1,6 @@
 """Prove the pipeline on a GPU, in ten minutes at most: PASS or FAIL and figures for each promise, as lines and as JSON.
 
-Usage: python tests/gpu.py [--json FILE] [--only NAME,...] [--device cuda:0|cpu] [--width N]
+Usage: python tests/gpu.py [--json FILE] [--only NAME,...] [--device cuda:0|cpu] [--width N] [--minutes M]
 
 It needs what requirements.txt installs. Without a card it says so and exits 0; --device cpu with a small width tries the
 script itself. At width 64 it compares the numbers with the published code's (tests/golden), else with those of the
@@ -52,9 +52,13 @@ def main():
         return worker(args)
     if args.exhaust:
         return script.run(lambda: exhaust(args))
-    found, failed = {'card': environment(args), 'checks': {}}, []
+    found, failed, begin = {'card': environment(args), 'checks': {}}, [], time.monotonic()
     for name in args.only:
         start = time.monotonic()
+        if start - begin > 60 * args.minutes:
+            print(f'FAIL {name}: not begun within {args.minutes} minutes')
+            failed.append(name)
+            continue
         try:
             figures, passed = CHECKS[name](args) or {}, True
         except Exception as error:  # every check is tried
@@ -77,6 +81,7 @@ def arguments():
     parser.add_argument('--only', default=','.join(CHECKS), help='only these checks')
     parser.add_argument('--device', type=torch.device, default='cuda:0', help='default cuda:0')
     parser.add_argument('--width', type=int, default=64, help='channels of the first layer (default 64)')
+    parser.add_argument('--minutes', type=float, default=9, help='begin no check later than this (default 9)')
     for hidden in ('--worker', '--exhaust'):
         parser.add_argument(hidden, action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -103,7 +108,13 @@ def precisions(device):
 
 def short(figures):
     """Return the figures of a check in one line."""
-    return json.dumps({k: float(f'{v:.3g}') if isinstance(v, float) else v for k, v in figures.items()}).strip('{}')
+
+    def rounded(value):
+        if isinstance(value, dict):
+            return {key: rounded(one) for key, one in value.items()}
+        return float(f'{value:.3g}') if isinstance(value, float) else value
+
+    return json.dumps(rounded(figures))[1:-1]
 
 
 def environment(args):
@@ -146,7 +157,7 @@ def busy_share(args, work):
     if args.device.type == 'cpu':
         return None
     seconds = seconds_of(args, work, 1)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         work()
         finish(args.device)
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / seconds
@@ -218,13 +229,12 @@ def expected_rounds(args):
 @contextlib.contextmanager
 def plain():
     """Compute the FCN-8s without the ring during the block."""
-    pays, several = ring.pays, FCN8s.several
-    ring.pays = lambda *_: False
-    FCN8s.several = lambda self, images: [self(image[None])[0] for image in images]
+    several, FCN8s.several = FCN8s.several, lambda self, images: [self(image[None])[0] for image in images]
     try:
-        yield
+        with way(False):
+            yield
     finally:
-        ring.pays, FCN8s.several = pays, several
+        FCN8s.several = several
 
 
 def golden(args):
@@ -305,7 +315,19 @@ def rates(args):
     return found
 
 
-@torch.inference_mode()
+@contextlib.contextmanager
+def way(ringed):
+    """Compute the FCN-8s by the ring, or plainly, during the block."""
+    pays, ring.pays = ring.pays, lambda *_: ringed
+    try:
+        yield
+    finally:
+        ring.pays = pays
+
+
+WAYS = {'ring': True, 'plain': False}
+
+
 def ring_or_plain(args):
     """Compare the ring's logits and ms with the plain network's, by size and precision; `pays` is to choose the faster."""
     found, wrong = {}, []
@@ -313,28 +335,50 @@ def ring_or_plain(args):
         net = network(args, 'C', precision).coarse_model
         for n in (args.crop, args.slice):
             x = torch.rand(1, 3, n, n, device=args.device)
-            ways, logits = {}, {}
-            for way, choice in (('ring', True), ('plain', False)):
-                pays, ring.pays = ring.pays, lambda *_, choice=choice: choice
-                logits[way], ways[way] = net(x), 1e3 * seconds_of(args, lambda x=x: net(x))
-                ring.pays = pays
-            difference = float((logits['ring'] - logits['plain']).abs().max() / logits['plain'].abs().max())
-            assert difference < (1e-4 if precision == 'fp32' else 0.1), (
-                f'{precision} {n}: logits differ by {difference}'
-            )
-            if args.device.type == 'cuda':
-                last = copy.deepcopy(net).to(memory_format=torch.channels_last)
-                y = x.contiguous(memory_format=torch.channels_last)
-                with plain():
-                    ways['plain, channels last'] = 1e3 * seconds_of(args, lambda net=last, x=y: net(x))
-            found[f'{precision} {n}'] = ways
-            if ring.pays(net, x) != (ways['ring'] < ways['plain']):
-                wrong.append(f'{precision} {n}')
+            name, found[name] = f'{precision} {n}', testing_by_way(args, net, x, precision)
+            pays = {name: torch.inference_mode()(ring.pays)(net, x)}
+            if precision != 'fp16':
+                found[f'step {name}'] = steps_by_way(args, precision, n)
+                pays[f'step {name}'] = ring.pays(net, x)
+            wrong += [one for one, ringed in pays.items() if ringed != (found[one]['ring'] < found[one]['plain'])]
         windows = [torch.rand(3, args.crop + 5 * i, args.crop + 3 * i, device=args.device) for i in range(8)]
-        found[f'{precision} eight windows'] = {'ring': 1e3 * seconds_of(args, lambda: net.several(windows))}
-        with plain():
-            found[f'{precision} eight windows']['plain'] = 1e3 * seconds_of(args, lambda: net.several(windows))
+        found[f'{precision} eight windows'] = windows_by_way(args, net, windows)
     return found | {'pays_is_wrong_for': wrong}
+
+
+@torch.inference_mode()
+def testing_by_way(args, net, x, precision):
+    """Return the ms of a network in testing by way, also in the channels-last format on a card."""
+    found, logits = {}, {}
+    for name, ringed in WAYS.items():
+        with way(ringed):
+            logits[name], found[name] = net(x), 1e3 * seconds_of(args, lambda: net(x))
+    difference = float((logits['ring'] - logits['plain']).abs().max() / logits['plain'].abs().max())
+    assert difference < (1e-4 if precision == 'fp32' else 0.1), f'{precision} {x.shape}: logits differ by {difference}'
+    if args.device.type == 'cuda':
+        last = copy.deepcopy(net).to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+        with way(False):
+            found['plain, channels last'] = 1e3 * seconds_of(args, lambda: last(x))
+    return found
+
+
+def steps_by_way(args, precision, n):
+    """Return the ms of a training step in mode I by way."""
+    step, found = training_work(args, precision, n), {}
+    for name, ringed in WAYS.items():
+        with way(ringed):
+            found[name] = 1e3 * seconds_of(args, step)
+    return found
+
+
+@torch.inference_mode()
+def windows_by_way(args, net, windows):
+    """Return the ms of fine windows of several sizes, together by the ring, and one by one plainly."""
+    found = {'ring': 1e3 * seconds_of(args, lambda: net.several(windows))}
+    with plain():
+        found['plain'] = 1e3 * seconds_of(args, lambda: net.several(windows))
+    return found
 
 
 def times(args):
@@ -368,7 +412,8 @@ def training_work(args, precision, n):
     """Return a step in mode I on a slice of n x n, always with the same box, as a function."""
     if args.device.type == 'cuda':
         processes.set_up_CUDA(precision, None)
-    model = RSTN(crop_prob=0, width=args.width).train().to(args.device)
+    with args.device:
+        model = RSTN(crop_prob=0, width=args.width).train()
     set_precision(model, precision)
     optimizer = make_optimizer(model, '1e-5', '10')
     image, label = torch.rand(1, 3, n, n, device=args.device), torch.zeros(1, 3, n, n)

@@ -1,7 +1,6 @@
 """ring.py against the plain network: the same logits and gradients at every size, for far fewer operations."""
 
 import copy
-from argparse import Namespace
 from itertools import product
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ring
-from model import DTYPES, RSTN, FCN8s, load_RSTN, set_precision
+from model import RSTN, FCN8s, load_RSTN, set_precision
 
 
 class PlainFCN8s(FCN8s):
@@ -330,12 +329,20 @@ def test_a_range_that_fp16_exceeds_is_an_error():
             fast(x)
 
 
-def test_the_ring_pays_on_a_CPU_and_in_strict_float32(monkeypatch):
-    on_card = Namespace(is_cuda=True)
-    for precision, TF32, pays in (('fp32', False, True), ('tf32', True, False), ('bf16', False, False)):
-        monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', TF32)
-        net = Namespace(dtype=DTYPES[precision])
-        assert ring.pays(net, on_card) == pays
+@pytest.mark.parametrize(
+    ('precision', 'n', 'testing', 'training'),
+    [('fp32', 96, True, False), ('fp32', 512, True, True), ('tf32', 512, True, False), ('bf16', 96, False, False)],
+)
+def test_the_ring_pays_on_a_CPU_and_for_many_operations(monkeypatch, precision, n, testing, training):
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', precision == 'tf32')
+    monkeypatch.setattr(ring, 'on_card', lambda x: x.device.type == 'meta')
+    with torch.device('meta'):
+        net, x = FCN8s(3), torch.zeros(1, 3, n, n)
+    set_precision(net, precision)
+    assert ring.pays(net, x) == training
+    with torch.no_grad():
+        assert ring.pays(net, x) == testing
+        assert not ring.pays(FCN8s(3, width=4), x)
         assert ring.pays(net, torch.zeros(1))
 
 

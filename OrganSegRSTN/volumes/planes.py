@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from running.data_folder import PLANES
+from running.processes import to_host
 
 
 def plane_view(volume, plane):
@@ -73,4 +74,4 @@ class SliceAverage:
         """Return the average (W, H, L), a numpy array."""
         for j in range(len(self.view)):
             self.view[j] /= len(self.covered(j))  # a window covers k as often as k's window covers it
-        return self.view.movedim(0, self.axis).contiguous().cpu().numpy()
+        return to_host(self.view.movedim(0, self.axis).contiguous())
