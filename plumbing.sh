@@ -76,7 +76,16 @@ epochs_elsewhere() {  # the published run.sh repeats the epochs for each stage: 
   done
 }
 
+misspelled() {  # warn of names in the environment that look like settings and are none
+  local name
+  for name in $(compgen -e | grep -E '^(ENABLE|CURRENT|PRETRAINING|TRAINING|COARSE|ORACLE|COARSE2FINE)_'); do
+    [[ $name == *_EPOCH_* ]] || grep -qE "\{$name:?=" "$HERE/run.sh" ||
+      echo "warning: $name is set, but run.sh has no such setting: see docs/flags.md" >&2
+  done
+}
+
 check_settings() {
+  misspelled
   local gpu='(cpu|[0-9]+)(,(cpu|[0-9]+))*'
   matching '[01]' '0 or 1' LAZY_MODE DRY_RUN WRITE_NIFTI OVERWRITE \
     ENABLE_{DICOM2NPY,NII2NPY,INITIALIZATION,CHECK_DATA,PRETRAINING,TRAINING} \

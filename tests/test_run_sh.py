@@ -285,6 +285,14 @@ def test_a_setting_that_cannot_be_right_is_refused_by_name(tmp_path, name, value
     assert re.match(f'run.sh: ({name}|{other}) is ', done.stderr) and value.strip() in done.stderr
 
 
+def test_a_name_that_looks_like_a_setting_and_is_none_gives_a_warning(tmp_path):
+    flags = {'ENABLE_TRAINNG': 1, 'PRETRAINING_WITDH': 8, 'TRAINING_GPU': 'cpu', 'COARSE_TESTING_EPOCH_S': 2}
+    done = run_sh(DRY_RUN=1, ENABLE_REPORT=1, DATA_PATH=tmp_path / 'data', **flags)
+    assert done.returncode == 0 and [line.split()[1] for line in done.stderr.splitlines()] == [
+        'ENABLE_TRAINNG', 'PRETRAINING_WITDH'
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize('switch', ['ENABLE_NII2NPY', 'LAZY_MODE'])
 def test_raw_scans_that_are_not_there_are_refused_in_a_dry_run_too(tmp_path, switch):
     done = run_sh(DRY_RUN=1, **{switch: 1}, RAW_PATH=tmp_path / 'raw', DATA_PATH=tmp_path / 'data')
