@@ -42,8 +42,8 @@ FEW = 64  # rows up to which a matrix product takes less time than casting its w
 def pays(net, x):
     """Return whether the ring is faster than the plain FCN8s `net` for images x: on a CPU always (tests/bench.py).
 
-    It saves operations but has 163 kernels instead of 44 (fewer where backgrounds are remembered). So on CUDA it pays
-    from so many operations on that the card, not the host, takes the time (measured on an H200, logs/gpu).
+    It saves arithmetic but has 163 operations instead of 44 (fewer where backgrounds are remembered). So on CUDA it
+    pays where the card, not the host, takes the time (measured on an H200 at width 64, logs/gpu).
     """
     if not on_card(x):
         return True

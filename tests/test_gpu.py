@@ -23,13 +23,13 @@ def test_without_a_card_it_says_so():
 
 
 def test_some_checks_pass_on_a_CPU(tmp_path):
-    names = ['rates', 'ring_or_plain', 'out_of_memory', 'missing_device']
+    names = ['rates', 'nine_steps', 'ring_or_plain', 'out_of_memory', 'missing_device']
     done = gpu('--device', 'cpu', '--width', 4, '--json', tmp_path / 'gpu.json', '--only', ','.join(names))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / 'gpu.json').read_text())
     assert list(found['checks']) == names and all(check['passed'] for check in found['checks'].values())
     assert found['checks']['ring_or_plain']['fp32 24'].keys() == {'ring', 'plain'}
-    assert done.stdout.splitlines()[-1] == '4 of 4 passed'
+    assert done.stdout.splitlines()[-1] == '5 of 5 passed'
 
 
 def test_a_check_that_fails_is_named_and_the_exit_code_is_1(monkeypatch, capsys):
@@ -44,6 +44,13 @@ def test_a_check_that_fails_is_named_and_the_exit_code_is_1(monkeypatch, capsys)
     out, _ = capsys.readouterr()
     assert 'FAIL golden, 0 s: "error": "AssertionError: bytes moved"' in out
     assert out.endswith('1 of 2 passed; FAIL golden\n')
+
+
+def test_a_check_that_is_not_begun_in_time_fails(tmp_path):
+    done = gpu('--device', 'cpu', '--only', 'memory', '--minutes', '-1', '--json', tmp_path / 'gpu.json')
+    assert done.returncode == 1 and done.stdout.endswith('0 of 1 passed; FAIL memory\n')
+    check = json.loads((tmp_path / 'gpu.json').read_text())['checks']['memory']
+    assert not check['passed'] and 'not begun within -1 minutes' in check['error']
 
 
 @pytest.mark.long

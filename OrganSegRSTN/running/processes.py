@@ -165,7 +165,7 @@ def send(tensor, device):
 
 
 def to_host(tensor):
-    """Return a tensor as a numpy array; from a card it comes through pinned memory, which takes a tenth of the time."""
+    """Return a tensor as a numpy array; from a card it comes through pinned memory, which PyTorch keeps for the next."""
     if tensor.is_cuda:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor).numpy()
     return tensor.numpy()
