@@ -20,7 +20,7 @@ from scans.geometry import axis_codes, geometry_file, known, load_geometry
 from utils import for_device, is_organ, to_unit
 
 # how far `varied` goes at most: degrees; the logarithm of scales; contrast, and half as much brightness
-TURN, SCALE, STRETCH, CONTRAST = 15, 0.2, 0.1, 0.15
+TURN, SCALE, STRETCH, CONTRAST = 15, 0.2, 0.1, 0.3
 SHIFT = 0.15  # of a whole slice, in shares of its sides, at most: other scans end elsewhere
 
 
