@@ -62,9 +62,9 @@ if is_demo; then
   : "${PRETRAINING_LEARNING_RATE:=1e-3}"
   : "${LEARNING_RATE1:=1e-3}"           # a narrow network learns faster
   : "${LEARNING_RATE_M1:=1}"
-  : "${TRAINING_EPOCH_S:=1}"
+  : "${TRAINING_EPOCH_S:=0}"            # both networks know the organ from pretraining
   : "${TRAINING_EPOCH_I:=1}"
-  : "${TRAINING_EPOCH_J:=2}"
+  : "${TRAINING_EPOCH_J:=3}"
   : "${LR_DECAY_EPOCH_J_STEP:=1}"
   : "${TRAINING_MARGIN:=10}"            # of voxels of 3.3 mm
   : "${MAX_ROUNDS:=3}"
