@@ -78,8 +78,8 @@ epochs_elsewhere() {  # the published run.sh repeats the epochs for each stage: 
 
 misspelled() {  # warn of names in the environment that look like settings and are none
   local name
-  for name in $(compgen -e | grep -E '^(ENABLE|CURRENT|PRETRAINING|TRAINING|COARSE|ORACLE|COARSE2FINE)_'); do
-    [[ $name == *_EPOCH_* ]] || grep -qE "\{$name:?=" "$HERE/run.sh" ||
+  for name in $(compgen -e | grep -E '^(ENABLE|LAZY|CURRENT_(ORGAN|PLANE|FOLD|GPU)|(PRE)?TRAIN|COARSE|FINE|LEARNING_RATE|SLICE|ORACLE_[TF])'); do
+    [[ $name == *_EPOCH_[SIJ] || $name == *_EPOCH_STEP ]] || grep -qE "\{$name:?=" "$HERE/run.sh" ||
       echo "warning: $name is set, but run.sh has no such setting: see docs/flags.md" >&2
   done
 }

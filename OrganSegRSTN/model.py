@@ -16,6 +16,7 @@ from running.weights import check_facts, check_shapes, description, load_weights
 DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 LAST_OF_BLOCK = ('conv1_2', 'conv2_2', 'conv3_3', 'conv4_3', 'conv5_3')  # pooling follows
 LARGEST_GRADIENT = 1  # the largest norm of a gradient: larger ones can drive all logits far below 0
+MANY_SCORES = 2**14  # more than one crop's: on a card, cuDNN's upsampling of them takes longer than starting operations
 OUTSIDE = -9999999.0  # logit of every pixel outside the fine network's box: probability 0
 
 
@@ -116,7 +117,8 @@ class FCN8s(nn.Module):
         up = self.upscore2(score_fr)
         up = self.upscore_pool4(up + _cut(score4, 5, up.shape[2:]))
         up = up + _cut(score3, 9, up.shape[2:])
-        up = upsampled(self.upscore8, up) if up.is_cuda and up.numel() > 2**14 else self.upscore8(up)  # not a crop
+        large = ring.on_card(up) and up.numel() > MANY_SCORES
+        up = upsampled(self.upscore8, up) if large else self.upscore8(up)
         return _cut(up, 31, size).contiguous()
 
 

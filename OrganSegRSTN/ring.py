@@ -48,8 +48,10 @@ def pays(net, x):
     if not on_card(x):
         return True
     strict = net.dtype in (None, torch.float32) and not torch.backends.cudnn.allow_tf32
-    work = len(x) * x.shape[2] * x.shape[3] * (net.conv1_1.out_channels / 64) ** 2 * (8 if strict else 1)
-    return work >= (2**19 if torch.is_grad_enabled() else 2**16)
+    work = len(x) * x.shape[2] * x.shape[3] * (net.conv1_1.out_channels / 64) ** 2
+    if torch.is_grad_enabled():
+        return strict and work >= 2**16
+    return work >= (2**13 if strict else 2**16)
 
 
 def on_card(x):

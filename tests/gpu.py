@@ -1,4 +1,4 @@
-"""Prove the pipeline on a GPU, in about ten minutes at most: PASS or FAIL and figures for each promise, as lines and as JSON.
+"""Prove the pipeline on a GPU, in about ten minutes: PASS or FAIL and figures for each promise, as lines and as JSON.
 
 Usage: python tests/gpu.py [--json FILE] [--only NAME,...] [--device cuda:0|cpu] [--width N] [--minutes M]
 

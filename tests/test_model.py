@@ -123,6 +123,16 @@ def test_upsampling_as_a_convolution_is_the_transposed_one():
         torch.testing.assert_close(upsampled(layer, x), layer(x))
 
 
+def test_many_scores_on_a_card_are_upsampled_by_a_convolution(monkeypatch):
+    net = FCN8s(3, width=3).double()
+    scores = [torch.rand(2, 3, n, n, dtype=torch.float64) for n in (31, 17, 3)]
+    wanted = net.upsample(*scores, (40, 40))
+    monkeypatch.setattr('ring.on_card', lambda x: True)
+    monkeypatch.setattr('model.MANY_SCORES', 0)
+    monkeypatch.setattr(net.upscore8, 'forward', None)
+    torch.testing.assert_close(net.upsample(*scores, (40, 40)), wanted)
+
+
 def test_loaded_upsampling_is_used_as_stored_between_the_classes():
     net = RSTN(width=4)
     net.load_state_dict(tiny_weights())

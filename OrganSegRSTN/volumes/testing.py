@@ -27,7 +27,7 @@ from scans.nifti import export
 from utils import DSC_computation, for_device, to_unit
 from volumes.planes import SliceAverage, mean_of, plane_view, plane_weights, slice_window
 
-# of the slice windows in a batch; with almost twice as many on a card, cuDNN can take 7 times as long in float32
+# of the slice windows in a batch; with twice as many on a card, cuDNN can take 7 times as long a slice in float32
 PIXELS_AT_ONCE = {'cpu': 2**17, 'cuda': 2**19}
 SALIENCY_REACH = 3  # pixels: of its convolutions of 3 x 3 and 5 x 5
 
