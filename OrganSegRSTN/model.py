@@ -16,7 +16,6 @@ from running.weights import check_facts, check_shapes, description, load_weights
 DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 LAST_OF_BLOCK = ('conv1_2', 'conv2_2', 'conv3_3', 'conv4_3', 'conv5_3')  # pooling follows
 LARGEST_GRADIENT = 1  # the largest norm of a gradient: larger ones can drive all logits far below 0
-MANY_SCORES = 2**14  # more than one crop's: on a card, cuDNN's upsampling of them takes longer than starting operations
 OUTSIDE = -9999999.0  # logit of every pixel outside the fine network's box: probability 0
 
 
@@ -116,26 +115,12 @@ class FCN8s(nn.Module):
         """Fuse the scores coarse to fine; the crops undo the padding of 100. -> (N, n_class, *size)"""
         up = self.upscore2(score_fr)
         up = self.upscore_pool4(up + _cut(score4, 5, up.shape[2:]))
-        up = up + _cut(score3, 9, up.shape[2:])
-        large = ring.on_card(up) and up.numel() > MANY_SCORES
-        up = upsampled(self.upscore8, up) if large else self.upscore8(up)
+        up = ring.upsampled(self.upscore8, up + _cut(score3, 9, up.shape[2:]))
         return _cut(up, 31, size).contiguous()
 
 
 def _cut(x, start, size):
     return x[:, :, start : start + size[0], start : start + size[1]]
-
-
-def upsampled(layer, x):
-    """Return an unpadded transposed convolution of x (N, C, A, B), whose kernel is twice its stride, as a convolution.
-
-    Compute each block of stride x stride pixels from 2 x 2 pixels. cuDNN's transposed convolution of few channels takes
-    a quarter of the card's time in coarse testing in bf16 (logs/gpu).
-    """
-    scores, classes, stride = *layer.weight.shape[:2], layer.stride[0]
-    taps = layer.weight.view(scores, classes, 2, stride, 2, stride).flip(2, 4)  # the pixel before comes first
-    kernels = taps.permute(1, 3, 5, 0, 2, 4).reshape(-1, scores, 2, 2)
-    return F.pixel_shuffle(F.conv2d(x, kernels, padding=1), stride)
 
 
 def bilinear_upsampling(n_class, size):

@@ -41,6 +41,7 @@ from volumes.testing import PlaneSettings, PlaneTester, to_bytes
 
 GOLDEN = golden_case.GOLDEN
 WINDOW, MARGIN = (-100, 240), 20
+WAYS = {'ring': True, 'plain': False}  # of computing the FCN-8s, see `way`
 
 
 def main():
@@ -106,15 +107,7 @@ def precisions(device):
 
 def short(figures):
     """Return the figures of a check in one line."""
-
-    def rounded(value):
-        if isinstance(value, dict):
-            return {key: rounded(one) for key, one in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [rounded(one) for one in value]
-        return float(f'{value:.3g}') if isinstance(value, float) else value
-
-    return json.dumps(rounded(figures))[1:-1]
+    return json.dumps(json.loads(json.dumps(figures), parse_float=lambda text: float(f'{float(text):.3g}')))[1:-1]
 
 
 def environment(args):
@@ -227,6 +220,16 @@ def expected_rounds(args):
 
 
 @contextlib.contextmanager
+def way(ringed):
+    """Compute the FCN-8s by the ring, or plainly, during the block."""
+    pays, ring.pays = ring.pays, lambda *_: ringed
+    try:
+        yield
+    finally:
+        ring.pays = pays
+
+
+@contextlib.contextmanager
 def plain():
     """Compute the FCN-8s without the ring during the block."""
     several, FCN8s.several = FCN8s.several, lambda self, images: [self(image[None])[0] for image in images]
@@ -251,25 +254,20 @@ def golden(args):
 def nine_steps(args):
     """Compare strict fp32 with the published code: losses and norms of the nine golden training steps, by ring and plainly."""
     record = json.loads((GOLDEN / 'training.json').read_text())
-    found = {}
-    for name, ringed in WAYS.items():
-        with way(ringed):
-            found[name] = steps_differ(args, record, *steps_on(args, args.device, record))
-        loss, norm = found[name]
-        assert loss < 2e-3 and norm < 1e-4, f'{name}: losses differ by {loss}, norms by {norm}'
-    return {f'{name}: losses, norms differ': differences for name, differences in found.items()}
-
-
-def steps_differ(args, record, losses, norms):
-    """Return by how much losses and norms differ from the published ones, or at another width from the CPU's."""
     if args.width == 64:
         wanted = [(step['coarse_loss'], step['fine_loss'], step['loss']) for step in record['steps']]
         wanted_norms = record['norms_after']
     else:
         wanted, wanted_norms = steps_on(args, torch.device('cpu'), record)
-    loss = max(abs(a - b) for one, other in zip(losses, wanted) for a, b in zip(one, other))
-    norm = max(abs(norms[key] / wanted_norms[key] - 1) for key in norms)
-    return loss, norm
+    found = {}
+    for name, ringed in WAYS.items():
+        with way(ringed):
+            losses, norms = steps_on(args, args.device, record)
+        loss = max(abs(a - b) for one, other in zip(losses, wanted) for a, b in zip(one, other))
+        norm = max(abs(norms[key] / wanted_norms[key] - 1) for key in norms)
+        assert loss < 2e-3 and norm < 1e-4, f'{name}: losses differ by {loss}, norms by {norm}'
+        found[name] = {'loss_differs': loss, 'norm_differs': norm}
+    return found
 
 
 def steps_on(args, device, record):
@@ -322,19 +320,6 @@ def rates(args):
         a, b = torch.rand(2, n, n, device=args.device).to(dtype)
         found[precision] = 2 * n**3 / seconds_of(args, lambda a=a, b=b: a @ b) / 1e12
     return found
-
-
-@contextlib.contextmanager
-def way(ringed):
-    """Compute the FCN-8s by the ring, or plainly, during the block."""
-    pays, ring.pays = ring.pays, lambda *_: ringed
-    try:
-        yield
-    finally:
-        ring.pays = pays
-
-
-WAYS = {'ring': True, 'plain': False}
 
 
 def ring_or_plain(args):
@@ -446,12 +431,10 @@ def memory(args):
     found = {}
     image, _ = body(args.volume)
     for precision in args.precisions:
-        for name, make in (
-            ('step', lambda p=precision: training_work(args, p, args.slice)()),
-            ('coarse', lambda p=precision: testers(args, 'C', p)[2].predict(image)),
-        ):
-            if (precision, name) == ('fp16', 'step'):
-                continue
+        work = {'coarse': lambda p=precision: testers(args, 'C', p)[2].predict(image)}
+        if precision != 'fp16':
+            work['step'] = lambda p=precision: training_work(args, p, args.slice)()
+        for name, make in work.items():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(args.device)
             make()

@@ -7,18 +7,7 @@ import pytest
 import torch
 from conftest import tiny_weights
 
-from model import (
-    RSTN,
-    DSC_loss,
-    FCN8s,
-    bilinear_upsampling,
-    bounding_box,
-    crop,
-    get_parameters,
-    uncrop,
-    union,
-    upsampled,
-)
+from model import RSTN, DSC_loss, FCN8s, bilinear_upsampling, bounding_box, crop, get_parameters, uncrop, union
 from training import make_optimizer, train_step
 
 # --- keys, shapes and first values ---------------------------------------------------------------------------------
@@ -114,23 +103,6 @@ def test_new_score_layers_are_zero_and_upsampling_is_bilinear_on_the_diagonal_an
 def test_bilinear_weights_of_a_literal_size():
     line = np.array([1, 3, 5, 7, 7, 5, 3, 1]) / 8
     np.testing.assert_allclose(bilinear_upsampling(1, 8)[0, 0], np.outer(line, line))
-
-
-def test_upsampling_as_a_convolution_is_the_transposed_one():
-    net, x = FCN8s(3, width=3).double(), torch.rand(2, 3, 7, 5, dtype=torch.float64)
-    for layer in (net.upscore2, net.upscore8):
-        torch.nn.init.normal_(layer.weight)  # more than the bilinear diagonal
-        torch.testing.assert_close(upsampled(layer, x), layer(x))
-
-
-def test_many_scores_on_a_card_are_upsampled_by_a_convolution(monkeypatch):
-    net = FCN8s(3, width=3).double()
-    scores = [torch.rand(2, 3, n, n, dtype=torch.float64) for n in (31, 17, 3)]
-    wanted = net.upsample(*scores, (40, 40))
-    monkeypatch.setattr('ring.on_card', lambda x: True)
-    monkeypatch.setattr('model.MANY_SCORES', 0)
-    monkeypatch.setattr(net.upscore8, 'forward', None)
-    torch.testing.assert_close(net.upsample(*scores, (40, 40)), wanted)
 
 
 def test_loaded_upsampling_is_used_as_stored_between_the_classes():

@@ -346,6 +346,27 @@ def test_the_ring_pays_on_a_CPU_and_for_many_operations(monkeypatch, precision, 
         assert ring.pays(net, torch.zeros(1))
 
 
+def test_many_scores_on_a_card_are_upsampled_by_a_convolution_to_the_same(monkeypatch):
+    net, x = FCN8s(3, width=3).double(), torch.rand(2, 3, 7, 5, dtype=torch.float64)
+    monkeypatch.setattr(ring, 'on_card', lambda x: True)
+    for layer in (net.upscore2, net.upscore8):
+        nn.init.normal_(layer.weight)  # more than the bilinear diagonal
+        wanted = layer(x)
+        monkeypatch.setattr(ring, 'MANY_SCORES', x.numel() - 1)
+        monkeypatch.setattr(layer, 'forward', None)
+        torch.testing.assert_close(ring.upsampled(layer, x), wanted)
+
+
+def test_the_last_upsampling_of_a_network_goes_this_way(monkeypatch):
+    net = FCN8s(3, width=3).double()
+    scores = [torch.rand(2, 3, n, n, dtype=torch.float64) for n in (31, 17, 3)]
+    wanted = net.upsample(*scores, (40, 40))
+    monkeypatch.setattr(ring, 'on_card', lambda x: True)
+    monkeypatch.setattr(ring, 'MANY_SCORES', 0)
+    monkeypatch.setattr(net.upscore8, 'forward', None)
+    torch.testing.assert_close(net.upsample(*scores, (40, 40)), wanted)
+
+
 def test_bf16_gradients_reach_float32_weights():
     plain, fast = (net.train() for net in twins(width=8, dtype=torch.float32))
     set_precision(fast, 'bf16')
