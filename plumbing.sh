@@ -100,6 +100,8 @@ check_settings() {
   whole 1 255 ORGAN_NUMBER
   whole 1 - FOLDS
   [[ $CURRENT_FOLD == A ]] || whole 0 "$((10#$FOLDS - 1))" CURRENT_FOLD
+  [[ $CURRENT_FOLD != A || $LAZY_MODE$ENABLE_INITIALIZATION != 00 || ! -e $DATA_PATH/lists/training_FD$((10#$FOLDS)).txt ]] ||
+    refuse "FOLDS is $FOLDS, but $DATA_PATH/lists holds more folds: CURRENT_FOLD=A would leave some out"
   matching '[XYZA]' 'X, Y, Z or A' {CURRENT,TRAINING,COARSE_TESTING,ORACLE_TESTING}_PLANE
   organs {CURRENT,TRAINING}_ORGAN_ID {COARSE,ORACLE}_{TESTING,FUSION}_ORGAN_ID COARSE2FINE_TESTING_ORGAN_ID
   [[ -z $PLANE_GPUS ]] ||
@@ -141,7 +143,11 @@ check_settings() {
 }
 
 pretrained() {  # does models/pretrained hold an FCN-8s for $fold and $organ?
-  exists "$DATA_PATH/models/pretrained/fcn8s_FD${fold}_$organ.pth" || from_outside
+  converting || ! exists "$DATA_PATH/models/pretrained/fcn8s_FD${fold}_$organ.pth" || return 0
+  from_outside
+}
+converting() {  # does a pretraining only convert the weights of PRETRAINED?
+  [[ -n $PRETRAINED && $PRETRAINED_FURTHER != 1 ]]
 }
 from_outside() {  # does models/pretrained hold weights from outside to start from?
   local folder=$DATA_PATH/models/pretrained

@@ -112,12 +112,12 @@ pretraining() {
   local settings="width $PRETRAINING_WIDTH, epochs $PRETRAINING_EPOCHS, rate $PRETRAINING_LEARNING_RATE, window $LOW_RANGE $HIGH_RANGE,"
   settings+=" slices $SLICE_THRESHOLD $SLICE_THICKNESS, margin $TRAINING_MARGIN, seed ${SEED:-none}, from ${PRETRAINED:-nothing}"
   local record=$DATA_PATH/models/pretrained/fcn8s_FD${fold}_$organ.txt
-  if [[ -n $LAZILY ]] && pretrained; then
+  if [[ -n $LAZILY ]] && ! converting && pretrained; then
     made_with "$settings" "$record"
     echo "fold $fold, organ $organ: models/pretrained holds an FCN-8s to start from"
     return
   fi
-  if [[ -n $PRETRAINED && $PRETRAINED_FURTHER != 1 ]]; then
+  if converting; then
     script "${pretrain[@]}" --convert "$PRETRAINED"
   else
     script "${pretrain[@]}" --width "$PRETRAINING_WIDTH" --learning_rate "$PRETRAINING_LEARNING_RATE" \

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from running.data_folder import PLANES, Slice, changed_since_init, print_once, read_cases, read_list, slice_list
+from running.data_folder import (
+    Slice,
+    changed_since_init,
+    plane_view,
+    print_once,
+    read_cases,
+    read_list,
+    rule_changed_since_init,
+    slice_list,
+)
 from running.files import load_array
 from running.processes import send
 from running.results import Checksums, revision
@@ -42,6 +51,8 @@ class DataLayer(Dataset):
         training = {case.number for case in cases}
         self.check_end(path, training)
         self.check_numbers(path, cases)
+        if rule_changed_since_init(data_path):
+            print_once(f'WARNING: {path}: is_organ (utils.py) was another one when init.py wrote it; run init.py again')
         for case in cases:
             self.compare_slices(case, plane)
         pixels = [record.organs[organ_ID - 1][0] for record in self.slices]
@@ -77,7 +88,7 @@ class DataLayer(Dataset):
         for kind in ('image_file', 'label_file'):
             file = getattr(case, kind)
             if changed_since_init(self.data_path, file):  # or copied
-                volume = np.moveaxis(load_array(os.path.join(self.data_path, file)), PLANES.index(plane), 0)
+                volume = plane_view(load_array(os.path.join(self.data_path, file)), plane)
                 slices = [getattr(record, kind) for record in self.slices if record.case == case.number]
                 if len(slices) != len(volume) or not np.array_equal(self.stack(slices), volume):
                     print_once(f'warning: {file}: has changed since init.py sliced it; run init.py again')

@@ -7,7 +7,6 @@ hand is replaced only with --overwrite. Every case is checked before anything is
 """
 
 import hashlib
-import inspect
 import os
 import re
 import shutil
@@ -29,6 +28,8 @@ from running.data_folder import (
     file_state,
     fold_list,
     organ_extents,
+    organ_rule,
+    plane_view,
     slice_averages,
     slice_list,
     whole_numbers,
@@ -47,7 +48,6 @@ from running.files import (
 from running.results import checksum, start_without_network
 from scans.geometry import check_partners
 from utils import in_training_set, is_organ
-from volumes.planes import plane_view
 
 SLICES_AT_ONCE = 32  # slices gathered at a time
 
@@ -222,7 +222,7 @@ def describe_inputs(args, names):
     cases = {
         name: [file_state(Path(args.data_path, kind, f'{name}.npy')) for kind in ('images', 'labels')] for name in names
     }
-    return {'settings': settings | {'is_organ': inspect.getsource(is_organ)}, 'cases': cases}
+    return {'settings': settings | {'is_organ': organ_rule()}, 'cases': cases}
 
 
 def read_record(data_path):

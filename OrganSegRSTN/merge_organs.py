@@ -15,7 +15,15 @@ from running import arguments, script  # before packages: it names a missing one
 # isort: split
 from running.data_folder import PLANES, read_cases, snapshot_name, training_settings
 from running.files import load_volume
-from running.results import Results, check_cases, lock_folders, prepare_folder, read_settings, start_without_network
+from running.results import (
+    Results,
+    case_settings,
+    check_folder,
+    lock_folders,
+    prepare_folder,
+    read_settings,
+    start_without_network,
+)
 from scans.nifti import write_on_scan
 from utils import DSC_computation
 from volumes.fusion import merge
@@ -32,7 +40,7 @@ def main():
     folder = merged_folder(args)
     values = {organ: [] for organ in tested}
     for organ in tested.values():
-        check_cases(organ.folder, args.data_path, cases)
+        check_folder(organ.folder, case_settings(args.data_path, cases), 'test it again with --overwrite')
     with lock_folders(folder), Results(folder, 'merged') as results:
         prepare_folder(folder, settings, provenance, args.overwrite)
         results(f'Merging organs {", ".join(map(str, tested))}:')

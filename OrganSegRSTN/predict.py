@@ -46,9 +46,10 @@ from reporting.explaining import write_explanation
 from running.data_folder import PLANES
 from running.files import LEFTOVERS, atomic_write, locked, read_json, write_json
 from running.results import checksum, start
-from scans.dicom import is_slice, modality, read_series, series_folders
+from scans.dicom import is_slice, read_series, series_folders
+from scans.dicom_file import header_value
 from scans.geometry import PUBLISHED, Scan
-from scans.nifti import affine_header, grid_header, is_nifti_name, read_nifti_image, write_nifti
+from scans.nifti import affine_header, grid_header, is_nifti_name, open_nifti, write_nifti
 from scans.segmentation import UNNAMED, SegmentedSeries, import_highdicom, is_dicom_name, organ_code
 from volumes.fusion import merge
 from volumes.segmenting import NIH, STORED, Networks, is_orientation, organ_snapshots, segment_scan, split_snapshots
@@ -245,7 +246,7 @@ def read_input(path, output=''):
         raise ValueError(f'{path}: neither a NIfTI file (.nii, .nii.gz) nor a folder with a DICOM series')
     if is_dicom_name(output):
         raise ValueError(f'{path}: {NO_SERIES}')
-    return Input(read_nifti_image(path, say), grid_header(path), notes, None)
+    return Input(open_nifti(path, say).image(say), grid_header(path), notes, None)
 
 
 def series_folder(path, say=print):
@@ -254,7 +255,7 @@ def series_folder(path, say=print):
     if len(folders) != 1:
         raise ValueError(f'{path}: {len(folders) or "no"} folders with DICOM slices in it; name the one of the series')
     first = next(file for file in sorted(folders[0].iterdir()) if is_slice(file))
-    if (kind := modality(first)) not in ('', 'CT'):
+    if (kind := header_value(first, 'Modality')) not in ('', 'CT'):
         say(f'warning: {folders[0]}: its modality is {kind}, not CT')
     return folders[0]
 

@@ -36,6 +36,8 @@ from running.files import errors_naming, locked, write_json
 from running.results import code
 from volumes.calibration import LEAST, SIGNALS, calibration_file
 
+PARTS = {'index.html', 'summary.json', 'results.csv', 'results.tex', 'charts', 'cases'}
+
 
 def main():
     args = read_arguments()
@@ -91,8 +93,12 @@ def read_arguments():
 
 @contextlib.contextmanager
 def fresh_folder(path):
-    """Yield a new folder that replaces `path` when it is complete."""
+    """Yield a new folder that replaces the report at `path` when it is complete; ValueError: it holds anything else."""
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    if others := sorted({file.name for file in path.glob('[!.]*')} - PARTS):
+        raise ValueError(
+            f'{path}: holds {", ".join(others)}, which is not of a report; move it away, or it would be lost'
+        )
     with locked(path.with_name(f'.{path.name}.lock'), f'.{path.name}.*.part'), errors_naming(path):
         part.mkdir()
         try:

@@ -17,10 +17,9 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'OrganSegRSTN'))
-from running.data_folder import PLANES, read_cases
+from running.data_folder import PLANES, plane_view, read_cases
 from running.files import load_volume
 from utils import DSC_computation
-from volumes.planes import plane_view
 
 MASKS = {'label': '#2ecc40', 'coarse (round 0)': '#ff9f1a', 'coarse to fine (last round)': '#ff3860'}
 ASPECTS = {'X': 3.6 / 3.3, 'Y': 3.6 / 3.3, 'Z': 1}  # mm of a slice by mm of a pixel

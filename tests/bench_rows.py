@@ -28,9 +28,10 @@ sys.path.insert(0, str(REPO / 'OrganSegRSTN'))
 import init  # noqa: E402
 import ring  # noqa: E402
 from model import RSTN, FCN8s, set_precision  # noqa: E402
+from running.data_folder import plane_view  # noqa: E402
 from training import make_optimizer, train_step  # noqa: E402
 from utils import DSC_computation, _post_processing_scipy, post_processing, to_unit  # noqa: E402
-from volumes.planes import plane_view, slice_window  # noqa: E402
+from volumes.planes import slice_window  # noqa: E402
 from volumes.rounds import coarse_to_fine  # noqa: E402
 from volumes.testing import PlaneSettings, PlaneTester, predict_volume, to_bytes  # noqa: E402
 

@@ -127,10 +127,10 @@ def npz(folder):
 def nifti(folder):
     from raw_scans import write_nifti
 
-    from scans.nifti import read_nifti_image
+    from scans.nifti import open_nifti
 
     write_nifti(folder / 'a.nii', np.arange(24, dtype=np.int16).reshape(2, 3, 4))
-    return folder / 'a.nii', lambda path: read_nifti_image(path, lambda note: None)
+    return folder / 'a.nii', lambda path: open_nifti(path, lambda note: None).image(lambda note: None)
 
 
 def nifti_gz(folder):

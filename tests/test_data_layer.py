@@ -57,6 +57,15 @@ def test_active_are_the_slices_with_the_organ_of_the_folds_training_cases(cases)
     assert [seen(sample)[1] for sample in layer(cases, fold=1)] == [0, 1, 2, 10, 11, 12]
 
 
+def test_a_rule_other_than_that_of_init_gives_a_warning(cases, capsys):
+    layer(cases)
+    assert 'is_organ' not in capsys.readouterr().out
+    record = cases / 'init.json'
+    record.write_text(record.read_text().replace('label == organ_ID', 'label >= organ_ID'))
+    layer(cases)
+    assert 'training_Z.txt: is_organ (utils.py) was another one when init.py wrote it' in capsys.readouterr().out
+
+
 def test_a_threshold_of_0_takes_every_slice(cases):
     assert [seen(sample)[1] for sample in layer(cases, threshold=0)] == [20, 21, 22, 30, 31, 32]
 

@@ -11,7 +11,6 @@ from conftest import FOLDER, coarse2fine_args, merge_args, tiny_weights
 import merge_organs
 from running.files import load_volume
 from running.results import Checksums
-from scans import nifti
 
 FINE = 'results/coarse2fine_testing_1e-5x10,4'
 AFFINE = np.array([[0, -2.0, 0, 30], [-3.0, 0, 0, 40], [0, 0, -5.0, 100], [0, 0, 0, 1]])
@@ -78,15 +77,14 @@ def volumes(data, organ, name, shape):
     return load_volume(folder_of(data, organ) / 'volumes' / name, shape)
 
 
-def test_one_file_a_case_on_the_scans_grid_with_each_organs_number(two, call, monkeypatch):
-    monkeypatch.setattr(nifti, '_said_unplaced', False)  # other tests have had it said
+def test_one_file_a_case_on_the_scans_grid_with_each_organs_number(two, call):
     (two / 'geometry').mkdir()
     content = {'affine': AFFINE.tolist(), 'holds': 'position', 'source': 'x', 'type': 'DICOM'}
     (two / 'geometry/0001.json').write_text(json.dumps(content))
     run_two_organs(two, call)
     done = call('merge_organs.py', *merge_args(two))
     assert done.code == 0, done.err
-    assert '0002: no geometry/0002.json that says where it lies: its .nii.gz is in voxels' in done.out
+    assert f'{two}: no geometry/CASE.json that says where a case lies: its .nii.gz is in voxels' in done.out
 
     folder = merged_folder(two)
     assert sorted(file.name for file in folder.glob('[!.]*')) == [

@@ -48,11 +48,6 @@ MASK[0, 1, 2] = True
 CASE = Case(7, 'images/0008.npy', 'labels/0008.npy')
 
 
-@pytest.fixture(autouse=True)
-def not_said(monkeypatch):
-    monkeypatch.setattr(nifti, '_said_unplaced', False)
-
-
 def write_geometry(data, case, holds='position'):
     (data / 'geometry').mkdir(exist_ok=True)
     content = {'affine': AFFINE.tolist(), 'holds': holds, 'source': 'x', 'type': 'DICOM'}
@@ -91,10 +86,8 @@ def test_without_geometry_it_is_in_voxels_which_is_said_once(tmp_path, capsys):
     for _ in range(2):
         image = exported(tmp_path)
     np.testing.assert_array_equal(image.affine, np.eye(4))
-    assert (
-        capsys.readouterr().out
-        == '0008: no geometry/0008.json that says where it lies: its .nii.gz is in voxels (said once)\n'
-    )
+    line = 'no geometry/CASE.json that says where a case lies: its .nii.gz is in voxels'
+    assert capsys.readouterr().out == f'{tmp_path}: {line}\n'
     write_geometry(tmp_path, '0008', holds='nothing')
     np.testing.assert_array_equal(exported(tmp_path).affine, np.eye(4))
 

@@ -194,6 +194,9 @@ def test_training_arrays_are_taken_to_lie_as_NIHs_unless_something_tells(tmp_pat
     assert codes == 'LPS' and 'as 2 of 3 cases in' in said
     assert orientation_of(None, tmp_path / 'other/place/SIJ_training_1e-5x10,20/FD0:XJ3_1.pkl', capsys)[0] == 'PLI'
     assert orientation_of(None, predict.Path('/x.pkl'), capsys)[0] == 'PLI'
+    training = volumes.segmenting.Training(4, 3, orientation='LPS')
+    found = volumes.segmenting.training_orientation(str(tmp_path / 'geometry/c.json'), training, snapshot)
+    assert found == 'LPS' and 'as the snapshots say' in capsys.readouterr().out, 'the file does not say'
     with pytest.raises(FileNotFoundError, match='no such geometry'):
         volumes.segmenting.training_orientation(
             str(tmp_path / 'none.json'), volumes.segmenting.Training(4, 3), snapshot
@@ -615,7 +618,7 @@ def test_the_record_holds_the_signals_and_the_predicted_DSC(scan, snapshots, tmp
     assert record['signals']['probes'] == [pytest.approx(1, abs=0.5)] and record['start'] == 'coarse'
     planes = record['signals']['rounds'][-1]['planes']
     cases = {str(i): ({'planes': planes + (i - 2.5) / 100}, 0.9 - i / 20) for i in range(6)}
-    known = {'snapshots': [checksum(path) for path in snapshots],
+    known = {'snapshots': [sorted(checksum(path) for path in snapshots)],
              'settings': [{'threshold': 0.5, 'stop_DSC': 0.99, 'rounds': 1}]}  # fmt: skip
     write_json(file, calibrate(cases) | known)
     try:

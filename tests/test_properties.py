@@ -14,9 +14,18 @@ import utils
 from Data import slice_bar
 from model import bounding_box, crop, uncrop, union
 from running import files
-from running.data_folder import Case, Slice, fold_list, name_fault, organ_extents, read_cases, slice_averages
+from running.data_folder import (
+    Case,
+    Slice,
+    fold_list,
+    name_fault,
+    organ_extents,
+    plane_view,
+    read_cases,
+    slice_averages,
+)
 from utils import DSC_computation, in_training_set, post_processing, to_unit
-from volumes.planes import SliceAverage, plane_view, slice_window
+from volumes.planes import SliceAverage, slice_window
 
 quick = examples(max_examples=60, deadline=None)
 COUNTS = st.integers(0, 10**9)

@@ -696,13 +696,13 @@ def test_folds_are_compared_with_the_same_folds(tmp_path):
     assert reference.of_fold(1, 'coarse2fine', 1)['mean'] == 0.5
 
 
-def write_nih(data, cases=range(1, 83), organs=1):
-    """Lists of four folds of such cases; coarse-to-fine results of folds 0 and 2, DSC 0.8 and 0.6."""
+def write_nih(data, cases=range(1, 83), organs=1, folds=4):
+    """Lists of the folds of such cases; coarse-to-fine results of folds 0 and 2, DSC 0.8 and 0.6."""
     names = [f'{case:04d}' for case in cases]
     (data / 'lists').mkdir(parents=True)
     (data / 'lists' / 'training_X.txt').write_text(f'0 0 a b 1.5{" 0" * 5 * organs}\n')
-    sizes = [len(names) // 4 + (fold >= 4 - len(names) % 4) for fold in range(4)]
-    for fold in range(4):
+    sizes = [len(names) // folds + (fold >= folds - len(names) % folds) for fold in range(folds)]
+    for fold in range(folds):
         tested = range(sum(sizes[:fold]), sum(sizes[: fold + 1]))
         lines = [f'{i} images/{names[i]}.npy labels/{names[i]}.npy\n' for i in tested]
         (data / 'lists' / f'testing_FD{fold}.txt').write_text(''.join(lines))
@@ -740,10 +740,19 @@ def test_of_80_nih_cases_only_fold_0_is_the_published_one(report, tmp_path):
     assert column(page, 'published, Caffe v2.0') == ['–', '84.44', '']
 
 
+def test_files_of_the_users_in_the_reports_folder_are_not_lost(golden, call):
+    notes = golden / 'report/notes.txt'
+    notes.parent.mkdir()
+    notes.write_text('mine')
+    done = call('report.py', golden)
+    assert done.code == 1 and f'{notes.parent}: holds notes.txt' in done.err and notes.read_text() == 'mine'
+
+
 NOT_NIH = {
     'another number of cases': {'cases': range(1, 82)},
     'other names': {'cases': range(101, 183)},
     'two organs': {'organs': 2},
+    'two folds': {'folds': 2},
 }
 
 
@@ -872,7 +881,7 @@ def test_the_page_needs_nothing_from_outside(golden, report):
 def test_the_same_results_make_the_same_report(golden, report):
     report(golden)
     first = {f.relative_to(golden): f.read_bytes() for f in (golden / 'report').rglob('*') if f.is_file()}
-    (golden / 'report' / 'stale.txt').touch()
+    (golden / 'report' / 'charts' / 'stale.svg').touch()
     report(golden)
     again = {f.relative_to(golden): f.read_bytes() for f in (golden / 'report').rglob('*') if f.is_file()}
     assert first == again

@@ -616,6 +616,22 @@ def test_a_start_that_would_not_be_used_is_refused(tmp_path):
     done = run_sh(**run)
     assert done.returncode == 2 and f'{converted}: training would start from it' in done.stderr
     assert run_sh(**run | {'ENABLE_PRETRAINING': 0}).returncode == 0
+    (tmp_path / 'images').mkdir()
+    done = run_sh(DRY_RUN=1, DATA_PATH=tmp_path, LAZY_MODE=1, PRETRAINED='vgg16')
+    assert '--convert vgg16' in done.stdout, 'what is there may be of another file'
+    converted.rename(converted.with_name('fcn8s_FD0_1.pth'))
+    done = run_sh(**run | {'ENABLE_PRETRAINING': 0, 'DRY_RUN': 0}, PRETRAINED='vgg16')
+    assert done.returncode == 2 and 'no FCN-8s to start from' in done.stderr, 'that of PRETRAINED is meant'
+
+
+def test_fold_A_leaves_no_fold_out(tmp_path):
+    (tmp_path / 'lists').mkdir()
+    (tmp_path / 'lists/training_FD4.txt').touch()
+    run = {'DRY_RUN': 1, 'DATA_PATH': tmp_path, 'ENABLE_COARSE_TESTING': 1, 'CURRENT_FOLD': 'A'}
+    done = run_sh(**run)
+    assert done.returncode == 2 and f'FOLDS is 4, but {tmp_path}/lists holds more folds' in done.stderr
+    for flags in ({'FOLDS': 5}, {'CURRENT_FOLD': 0}, {'ENABLE_INITIALIZATION': 1}):
+        assert run_sh(**run | flags).returncode == 0
 
 
 def test_weights_from_outside_recipe_steps_and_averages_reach_the_scripts(tmp_path):

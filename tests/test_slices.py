@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from running.data_folder import Slice, organ_extents, slice_averages
+from running.data_folder import Slice, organ_extents, plane_view, slice_averages
 from utils import for_device, to_unit
-from volumes.planes import SliceAverage, plane_view, slice_window
+from volumes.planes import SliceAverage, slice_window
 
 VOLUME = np.arange(2 * 3 * 4).reshape(2, 3, 4)  # (W, H, L); VOLUME[w, h, l] == 12 w + 4 h + l
 

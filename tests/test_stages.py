@@ -214,6 +214,14 @@ def test_a_damaged_volume_is_computed_again_with_a_line(tested, call, damage):
     np.testing.assert_array_equal(volume(path), good)
 
 
+def test_oracle_volumes_of_another_rule_for_the_organ_are_not_reused(tested, call):
+    succeeded(call('oracle_testing.py', *training_args(tested)))
+    record = tested / 'results/oracle_testing_1e-5x10,4/FD0:ZJ3_1.pkl/run.json'
+    record.write_text(record.read_text().replace('label == organ_ID', 'label >= organ_ID'))
+    done = call('oracle_testing.py', *training_args(tested))
+    assert done.code == 1 and 'is_organ was def is_organ' in done.err
+
+
 def test_oracle_testing_sees_nothing_far_from_the_label(tested, call):
     succeeded(call('oracle_testing.py', *training_args(tested)))
     found = volume(tested / 'results/oracle_testing_1e-5x10,4/FD0:ZJ3_1.pkl/volumes/e1111_1.npz')
@@ -626,7 +634,7 @@ def test_volumes_are_fused_and_merged_for_the_cases_that_they_are_of(tested, cal
     done = call('coarse_fusion.py', *fusion_args(tested))
     assert done.code == 1
     assert re.search(
-        r'case 1 image_file was 0001.npy \w{64} when it was tested, is 0002.npy \w{64}; test it again', done.err
+        r'case 1 image_file was 0001.npy \w{64}, is 0002.npy \w{64}.*; give .* or test it again with', done.err
     )
 
 

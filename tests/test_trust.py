@@ -285,13 +285,18 @@ def test_the_line_of_a_new_scan(tmp_path, capsys):
     path = calibration_file(tmp_path, 3, 1)
     assert print_trust(record, path, list, {}) == {}
     assert capsys.readouterr().out.startswith(f'planes disagree on 31 %; no predicted DSC: report.py writes {path}')
-    settings, of_a, found = {'threshold': 0.5, 'stop_DSC': 0.99}, lambda: ['a'], {'snapshots': ['a', 'b']}
+    settings, of_a, found = (
+        {'threshold': 0.5, 'stop_DSC': 0.99},
+        lambda: ['b', 'a'],
+        {'snapshots': [['a', 'b'], ['c', 'd']]},
+    )
     write_json(path, calibrate(made_cases(8)) | found | {'settings': [settings | {'rounds': 1}]})
     figures = print_trust(record, path, of_a, settings)
     line = 'predicted DSC {predicted_DSC:.2f} ({low:.2f} to {high:.2f}); planes disagree on 31 %: look at this scan\n'
     assert capsys.readouterr().out == line.format(**figures) and figures['look_at_this_scan']
-    assert print_trust(record, path, lambda: ['a', 'c'], settings) == {}
-    assert f'no predicted DSC: {path} is of other snapshots' in capsys.readouterr().out
+    for others in ('ac', 'abcd', 'a'):
+        assert print_trust(record, path, lambda: list(others), settings) == {}
+        assert f'no predicted DSC: {path} is not of these snapshots alone' in capsys.readouterr().out
     record['rounds'][-1]['planes'] = 0.9999
     assert print_trust(record, path, of_a, settings) == {
         'predicted_DSC': None,

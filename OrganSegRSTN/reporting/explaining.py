@@ -10,10 +10,10 @@ from matplotlib.patches import Rectangle
 
 from model import bounding_box
 from reporting.pictures import COLOURS, INK, anatomy, rows_and_columns, standing
-from running.data_folder import PLANES
+from running.data_folder import PLANES, plane_view
 from running.files import atomic_write, read_volume
 from utils import to_unit
-from volumes.planes import plane_view, plane_weights, slice_window
+from volumes.planes import plane_weights, slice_window
 from volumes.rounds import coarse_probability
 from volumes.testing import PlaneSettings, PlaneTester
 

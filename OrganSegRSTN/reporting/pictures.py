@@ -10,9 +10,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from reporting.measures import joint_box
-from running.data_folder import GOOD_LOSS, PLANES
+from running.data_folder import GOOD_LOSS, PLANES, plane_view
 from utils import to_unit
-from volumes.planes import plane_view
 
 COLOURS = {'label': '#56b4e9', 'prediction': '#e69f00', 'coarse': '#cc79a7'}  # safe for the colour-blind
 INK, FAINT, GREEN = '#1f2933', '#9aa5b1', '#2e7d32'

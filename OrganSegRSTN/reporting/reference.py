@@ -104,7 +104,7 @@ def published_references(source):
     if sum(map(len, tested.values())) not in (80, 82) or not PUBLISHED.exists() or not one_pancreas(source):
         return []
     published = read_json(PUBLISHED)['folds']
-    same = {int(fold) for fold, (first, last) in published.items() if tested[int(fold)] == numbered(first, last)}
+    same = {int(fold) for fold, (first, last) in published.items() if tested.get(int(fold)) == numbered(first, last)}
     references = read_references(PUBLISHED)
     for reference in references:
         for _, by_fold in reference.figures[None].values():

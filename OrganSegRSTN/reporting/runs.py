@@ -145,7 +145,7 @@ class RunReport:
         calibration = trust.calibrate(cases)
         shown = {'signals': signals, 'counted': len(cases), 'calibration': calibration}
         if calibration:
-            calibration['snapshots'] = sorted({one for folder in folders.values() for one in folder.snapshots()})
+            calibration['snapshots'] = [sorted(folder.snapshots()) for folder in folders.values()]
             calibration['settings'] = [folder.end_of_rounds() for folder in folders.values()]
             predicted = dict(zip(calibration['cases'], calibration['left_out']))
             for case in signals:

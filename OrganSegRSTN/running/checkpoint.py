@@ -206,7 +206,7 @@ class Run:
                 'settings': json.dumps(self.settings),
                 'facts': self.facts,
                 'finished': finished,
-                'log_bytes': self._log_bytes(),
+                'log_bytes': os.fstat(self.log.fileno()).st_size if self.log else 0,
                 'epoch': self.epoch,
                 'order': self.order,
                 'position': self.position,
@@ -217,9 +217,6 @@ class Run:
             with atomic_write(self.path) as file:
                 torch.save(state, file)
         self.saved = time.monotonic()
-
-    def _log_bytes(self):
-        return 0 if self.log is None else os.fstat(self.log.fileno()).st_size
 
 
 def _apart(_worker):

@@ -2,7 +2,9 @@
 
 import functools
 import glob
+import inspect
 import math
+import operator
 import os
 import re
 from pathlib import Path
@@ -20,6 +22,11 @@ MODES = 'SIJ'  # separate, individual, joint (section 3.3)
 SNAPSHOT_PARTS = r'(?P<plane>[XYZ])(?P<mode>[SIJ])(?P<thickness>[13])_(?P<organ>\d+)(?:_(?P<time>.{15}))?'
 SNAPSHOT = re.compile(rf'FD(?P<fold>\d+).{SNAPSHOT_PARTS}\.pkl')
 GOOD_LOSS = {'S': 0.3, 'I': 0.2, 'J': 0.15}  # mean Avg loss of a mode's last epoch that the published README asks for
+
+
+def plane_view(volume, plane):
+    """Return a view of the volume (W, H, L) with the plane's axis first: plane_view(v, 'Y')[j] is slice j along Y."""
+    return np.moveaxis(volume, PLANES.index(plane), 0)
 
 
 # --- cases ---------------------------------------------------------------------------------------------------------
@@ -155,24 +162,32 @@ def read_cases(data_path, kind, fold):
 
 def resized(data_path, path):
     """Return whether a list has another size than init.py wrote."""
-    try:
-        size, _ = read_json(Path(data_path, INIT_RECORD))['lists'][path.name]
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-    return path.stat().st_size != size
+    return recorded(data_path, 'lists', path.name, 0) not in (None, path.stat().st_size)
 
 
 def changed_since_init(data_path, file):
-    """Return whether images/CASE.npy or labels/CASE.npy has another size or time than in the record of init.py.
-
-    What the record does not hold, or cannot be read, counts as unchanged.
-    """
+    """Return whether images/CASE.npy or labels/CASE.npy exists and is not as init.py found it, by size and time."""
     path = Path(data_path, file)
+    kind = {'images': 0, 'labels': 1}.get(path.parent.name)
+    return path.exists() and recorded(data_path, 'cases', path.stem, kind) not in (None, file_state(path))
+
+
+def rule_changed_since_init(data_path):
+    """Return whether is_organ is not as it was when init.py listed the slices by it."""
+    return recorded(data_path, 'settings', 'is_organ') not in (None, organ_rule())
+
+
+def organ_rule():
+    """Return the source of is_organ, which users redefine; not that of functions it calls."""
+    return inspect.getsource(is_organ)
+
+
+def recorded(data_path, *keys):
+    """Return what the record of init.py holds under these keys, one in the other; None: nothing, or it cannot be read."""
     try:
-        recorded = dict(zip(('images', 'labels'), read_json(Path(data_path, INIT_RECORD))['cases'][path.stem]))
-        return file_state(path) != recorded[path.parent.name]
+        return functools.reduce(operator.getitem, keys, read_json(Path(data_path, INIT_RECORD)))
     except (OSError, ValueError, LookupError, TypeError):
-        return False
+        return None
 
 
 def file_state(path):

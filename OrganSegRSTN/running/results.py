@@ -155,16 +155,6 @@ def case_settings(data_path, cases, kinds=('image_file',)):
     return settings
 
 
-def check_cases(folder, data_path, cases):
-    """Raise ValueError where a folder's volumes are not of these cases in this order, by its run.json."""
-    tested = read_settings(folder / 'run.json')
-    for name, value in case_settings(data_path, cases).items():
-        if None not in (value, tested.get(name)) and tested[name] != value:
-            raise ValueError(
-                f'{folder}: {name} was {tested[name]} when it was tested, is {value}; test it again, with --overwrite'
-            )
-
-
 def remove_results(folder, volumes):
     """Remove volumes of a result folder and their NIfTI files, and first the figures that were made of them."""
     for name in ('results.txt', 'results.json'):

@@ -58,11 +58,6 @@ def ordered_slices(folder, say=print, acquisition=None):
     return _in_order(slices, say)
 
 
-def modality(path):
-    """Return the Modality of a DICOM file, such as CT; '' if it has none."""
-    return header_value(path, 'Modality')
-
-
 # --- files ---------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from running.data_folder import print_once
 from running.files import MOST_VOXELS, atomic_write, open_file
 from scans.geometry import Geometry, geometry_file, known, lays_out, load_geometry, what_it_holds
 from scans.voxels import DEFLATE_AT_BEST, Volume
@@ -40,18 +41,8 @@ def write_on_scan(path, volume, case, data_path):
     name = Path(case.image_file).stem
     geometry = load_geometry(geometry_file(data_path, name), volume.shape)
     if not known(geometry):
-        _warn_unplaced(name)
+        print_once(f'{data_path}: no geometry/CASE.json that says where a case lies: its .nii.gz is in voxels')
     write_nifti(path, volume.astype(np.uint8), affine_header(geometry))
-
-
-_said_unplaced = False
-
-
-def _warn_unplaced(case):
-    global _said_unplaced
-    if not _said_unplaced:
-        print(f'{case}: no geometry/{case}.json that says where it lies: its .nii.gz is in voxels (said once)')
-    _said_unplaced = True
 
 
 def affine_header(geometry):
@@ -87,11 +78,6 @@ def write_nifti(path, array, header):
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
-
-
-def read_nifti_image(path, say=print):
-    """Read an image as a Scan; see voxels.Volume."""
-    return open_nifti(path, say).image(say)
 
 
 def open_nifti(path, say=print):

@@ -129,8 +129,10 @@ def print_trust(record, path, snapshots, settings, start='coarse'):
     if not all(ended_alike(rounds, settings, theirs) for theirs in calibration['settings']):
         print(f'{planes}; no predicted DSC: in {path} rounds end in another way (--threshold, --stop_DSC, --rounds)')
         return {}
-    if not set(snapshots()) <= set(calibration.get('snapshots', ())):
-        print(f'{planes}; no predicted DSC: {path} is of other snapshots; test these and run report.py again')
+    if sorted(snapshots()) not in calibration.get('snapshots', ()):
+        print(
+            f'{planes}; no predicted DSC: {path} is not of these snapshots alone, as tested on one fold; test them and run report.py again'
+        )
         return {}
     value, low, high, look = predict(calibration, signals)
     predicted = 'no predicted DSC, its signals are unlike those of the test cases'

@@ -7,11 +7,6 @@ from running.data_folder import PLANES
 from running.processes import to_host
 
 
-def plane_view(volume, plane):
-    """Return a view of the volume (W, H, L) with the plane's axis first: plane_view(v, 'Y')[j] is slice j along Y."""
-    return np.moveaxis(volume, PLANES.index(plane), 0)
-
-
 def slice_window(j, slices, thickness):
     """Return the three slices that the network sees at j: j and its neighbours, or j itself beyond an end."""
     reach = thickness // 2

@@ -405,7 +405,8 @@ def training_orientation(asked, training, snapshot):
         trained = training.orientation or STORED
         if codes not in (None, STORED, trained):
             raise ValueError(f'--orientation {asked}: the snapshots were trained on arrays that lie {trained}')
-        codes, why = (codes, why) if codes else (trained, 'as the snapshots say')
+        if codes != trained and asked != STORED:  # not asked, or a geometry file without axes
+            codes, why = trained, 'as the snapshots say'
     elif not asked:
         codes, why = folder_orientation(snapshot)
     print(f'training arrays: {codes} ({why})', flush=True)

@@ -16,6 +16,8 @@ from running.data_folder import (
     averaged_snapshots,
     epoch_name,
     find_snapshot,
+    organ_rule,
+    plane_view,
     read_cases,
     results_folder,
 )
@@ -25,7 +27,7 @@ from running.weights import missing_weights
 from scans.geometry import geometry_file, known, load_geometry
 from scans.nifti import export
 from utils import DSC_computation, for_device, to_unit
-from volumes.planes import SliceAverage, mean_of, plane_view, plane_weights, slice_window
+from volumes.planes import SliceAverage, mean_of, plane_weights, slice_window
 
 # of the slice windows in a batch; with twice as many on a card, cuDNN can take 7 times as long a slice in float32
 PIXELS_AT_ONCE = {'cpu': 2**17, 'cuda': 2**19}
@@ -179,7 +181,10 @@ def evaluate_plane(args, stage, TEST):
     with first_alone(folder):
         if processes.rank() == 0:
             kinds = ('image_file', 'label_file') if TEST == 'O' else ('image_file',)
-            prepare_folder(folder, run_settings(args, cases, [snapshot], kinds), provenance, args.overwrite)
+            settings = run_settings(args, cases, [snapshot], kinds) | (
+                {'is_organ': organ_rule()} if TEST == 'O' else {}
+            )
+            prepare_folder(folder, settings, provenance, args.overwrite)
         if not share_out(cases, volume_and_label):
             return
         scores = []
