@@ -100,8 +100,11 @@ check_settings() {
   whole 1 255 ORGAN_NUMBER
   whole 1 - FOLDS
   [[ $CURRENT_FOLD == A ]] || whole 0 "$((10#$FOLDS - 1))" CURRENT_FOLD
-  [[ $CURRENT_FOLD != A || $LAZY_MODE$ENABLE_INITIALIZATION != 00 || ! -e $DATA_PATH/lists/training_FD$((10#$FOLDS)).txt ]] ||
-    refuse "FOLDS is $FOLDS, but $DATA_PATH/lists holds more folds: CURRENT_FOLD=A would leave some out"
+  [[ $CURRENT_FOLD != A || $LAZY_MODE$ENABLE_INITIALIZATION != 00 || ! -e $DATA_PATH/lists/training_FD$((10#$FOLDS)).txt ||
+     $ENABLE_PRETRAINING$ENABLE_TRAINING$ENABLE_COARSE_TESTING$ENABLE_COARSE_FUSION == 0000 &&
+     $ENABLE_ORACLE_TESTING$ENABLE_ORACLE_FUSION$ENABLE_COARSE2FINE_TESTING == 000 ]] ||
+    refuse "FOLDS is $FOLDS, but $DATA_PATH/lists holds more folds, which CURRENT_FOLD=A would leave out; set FOLDS," \
+      'or remove lists that are no longer used'
   matching '[XYZA]' 'X, Y, Z or A' {CURRENT,TRAINING,COARSE_TESTING,ORACLE_TESTING}_PLANE
   organs {CURRENT,TRAINING}_ORGAN_ID {COARSE,ORACLE}_{TESTING,FUSION}_ORGAN_ID COARSE2FINE_TESTING_ORGAN_ID
   [[ -z $PLANE_GPUS ]] ||
@@ -114,7 +117,7 @@ check_settings() {
   matching 'published|fast' 'published or fast' RECIPE
   matching '[01]' '0 or 1' PRETRAINED_FURTHER
   [[ $PRETRAINED == '' || $PRETRAINED == vgg16 || -f $PRETRAINED ]] || refuse "PRETRAINED is '$PRETRAINED': not vgg16, and no such file"
-  [[ $PRETRAINED_FURTHER == 0 || -n $PRETRAINED || $ENABLE_PRETRAINING == 0 ]] ||
+  [[ $PRETRAINED_FURTHER == 0 || -n $PRETRAINED || $LAZY_MODE$ENABLE_PRETRAINING == 00 ]] ||
     refuse 'PRETRAINED_FURTHER is 1, but PRETRAINED is empty: name the weights to train further'
   [[ -z $PRETRAINED || $DEMO == 1 || $PRETRAINING_WIDTH == 64 ]] ||
     refuse "PRETRAINING_WIDTH is $PRETRAINING_WIDTH, but the weights of PRETRAINED are of width 64"
@@ -143,11 +146,18 @@ check_settings() {
 }
 
 pretrained() {  # does models/pretrained hold an FCN-8s for $fold and $organ?
-  converting || ! exists "$DATA_PATH/models/pretrained/fcn8s_FD${fold}_$organ.pth" || return 0
-  from_outside
+  if converting; then
+    exists "$(converted_start)"
+  else
+    exists "$DATA_PATH/models/pretrained/fcn8s_FD${fold}_$organ.pth" || from_outside
+  fi
 }
-converting() {  # does a pretraining only convert the weights of PRETRAINED?
+converting() {  # are the weights of PRETRAINED to start from, only converted?
   [[ -n $PRETRAINED && $PRETRAINED_FURTHER != 1 ]]
+}
+converted_start() {  # the file that PRETRAINED was converted to, if it was: of two, the newer one
+  local caffe=$DATA_PATH/models/pretrained/fcn8s_from_caffe.pth vgg16=$DATA_PATH/models/pretrained/fcn8s_from_vgg16.pth
+  if [[ $PRETRAINED == vgg16 || $vgg16 -nt $caffe ]]; then echo "$vgg16"; else echo "$caffe"; fi
 }
 from_outside() {  # does models/pretrained hold weights from outside to start from?
   local folder=$DATA_PATH/models/pretrained
@@ -176,7 +186,8 @@ check_pretrained() {  # a later fold must not fail after days because it has no 
   for fold in $(folds); do
     for organ in $TRAINING_ORGAN_ID; do
       pretrained || exists "$DATA_PATH"/models/snapshots/*/FD"$fold:"?"${SLICE_THICKNESS}_$organ$stamp.ckpt" ||
-        refuse "fold $fold, organ $organ: no FCN-8s to start from in models/pretrained; ENABLE_PRETRAINING=1 trains one"
+        refuse "fold $fold, organ $organ: no FCN-8s to start from in models/pretrained${PRETRAINED:+, made of $PRETRAINED};" \
+          "ENABLE_PRETRAINING=1 makes one"
     done
   done
 }

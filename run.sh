@@ -112,7 +112,7 @@ pretraining() {
   local settings="width $PRETRAINING_WIDTH, epochs $PRETRAINING_EPOCHS, rate $PRETRAINING_LEARNING_RATE, window $LOW_RANGE $HIGH_RANGE,"
   settings+=" slices $SLICE_THRESHOLD $SLICE_THICKNESS, margin $TRAINING_MARGIN, seed ${SEED:-none}, from ${PRETRAINED:-nothing}"
   local record=$DATA_PATH/models/pretrained/fcn8s_FD${fold}_$organ.txt
-  if [[ -n $LAZILY ]] && ! converting && pretrained; then
+  if [[ -n $LAZILY && ( -z $PRETRAINED || $PRETRAINED == vgg16 || $PRETRAINED_FURTHER == 1 ) ]] && pretrained; then
     made_with "$settings" "$record"
     echo "fold $fold, organ $organ: models/pretrained holds an FCN-8s to start from"
     return
@@ -173,7 +173,11 @@ EPOCHS=("$TRAINING_EPOCH_S" "$TRAINING_EPOCH_I" "$TRAINING_EPOCH_J" "$LR_DECAY_E
 #   timestamp
 training() {
   local script=training.py start=$TRAINING_PRETRAINED
-  [[ -n $start || $PRETRAINED_FURTHER != 1 ]] || start=$DATA_PATH/models/pretrained/fcn8s_FD${fold}_$organ.pth
+  if [[ -z $start && $PRETRAINED_FURTHER == 1 ]]; then
+    start=$DATA_PATH/models/pretrained/fcn8s_FD${fold}_$organ.pth
+  elif [[ -z $start$JOINT_FROM ]] && converting; then
+    start=$(converted_start)
+  fi
   one_process "$gpu" || script=training_parallel.py
   script_on "$gpu" "OrganSegRSTN/$script" "$DATA_PATH" "$fold" "${DATA[@]}" "$organ" "$plane" "$gpu" \
     "${RATES[@]}" "${SAMPLING[@]}" "${EPOCHS[@]}" "$TRAINING_TIMESTAMP" \

@@ -52,7 +52,7 @@ class DataLayer(Dataset):
         self.check_end(path, training)
         self.check_numbers(path, cases)
         if rule_changed_since_init(data_path):
-            print_once(f'WARNING: {path}: is_organ (utils.py) was another one when init.py wrote it; run init.py again')
+            print_once(f'warning: {path}: is_organ (utils.py) was another one when init.py wrote it; run init.py again')
         for case in cases:
             self.compare_slices(case, plane)
         pixels = [record.organs[organ_ID - 1][0] for record in self.slices]

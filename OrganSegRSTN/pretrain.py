@@ -78,9 +78,6 @@ def write_converted(args):
     """Convert the weights of --convert; return the path that they are saved at."""
     source = fetch_vgg16(pretrained_folder(args)) if args.convert == 'vgg16' else args.convert
     name, state = convert(load_weights(source), source, args.fold_normalization)
-    first = pretrained_folder(args) / 'fcn8s_from_caffe.pth'
-    if name != first.name and not args.further and first.exists():
-        raise ValueError(f'{first}: training would start from it, not from {name}; move it away')
     write(pretrained_folder(args) / name, state)
     return pretrained_folder(args) / name
 

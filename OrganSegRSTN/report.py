@@ -36,7 +36,7 @@ from running.files import errors_naming, locked, write_json
 from running.results import code
 from volumes.calibration import LEAST, SIGNALS, calibration_file
 
-PARTS = {'index.html', 'summary.json', 'results.csv', 'results.tex', 'charts', 'cases'}
+PARTS = {'.DS_Store', 'index.html', 'summary.json', 'results.csv', 'results.tex', 'charts', 'cases'}
 
 
 def main():
@@ -95,18 +95,25 @@ def read_arguments():
 def fresh_folder(path):
     """Yield a new folder that replaces the report at `path` when it is complete; ValueError: it holds anything else."""
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    if others := sorted({file.name for file in path.glob('[!.]*')} - PARTS):
-        raise ValueError(
-            f'{path}: holds {", ".join(others)}, which is not of a report; move it away, or it would be lost'
-        )
+    refuse_others(path)
     with locked(path.with_name(f'.{path.name}.lock'), f'.{path.name}.*.part'), errors_naming(path):
         part.mkdir()
         try:
             yield part
+            refuse_others(path)  # the pictures took a while
             shutil.rmtree(path, ignore_errors=True)
             part.rename(path)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def refuse_others(path):
+    """Raise ValueError where a folder to replace is not a report's, or holds more than one."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f'{path}: is not a folder; move it away')
+    others = {file.name for file in path.iterdir()} - PARTS if path.exists() else ()
+    if others:
+        raise ValueError(f'{path}: holds {", ".join(sorted(others))}, which would be lost; move it away')
 
 
 def compare_with(path, source, runs, folder):

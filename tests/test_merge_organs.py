@@ -84,7 +84,7 @@ def test_one_file_a_case_on_the_scans_grid_with_each_organs_number(two, call):
     run_two_organs(two, call)
     done = call('merge_organs.py', *merge_args(two))
     assert done.code == 0, done.err
-    assert f'{two}: no geometry/CASE.json that says where a case lies: its .nii.gz is in voxels' in done.out
+    assert f'{two}: no geometry/CASE.json that says where some cases lie: their .nii.gz is in voxels' in done.out
 
     folder = merged_folder(two)
     assert sorted(file.name for file in folder.glob('[!.]*')) == [

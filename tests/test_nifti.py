@@ -86,7 +86,7 @@ def test_without_geometry_it_is_in_voxels_which_is_said_once(tmp_path, capsys):
     for _ in range(2):
         image = exported(tmp_path)
     np.testing.assert_array_equal(image.affine, np.eye(4))
-    line = 'no geometry/CASE.json that says where a case lies: its .nii.gz is in voxels'
+    line = 'no geometry/CASE.json that says where some cases lie: their .nii.gz is in voxels'
     assert capsys.readouterr().out == f'{tmp_path}: {line}\n'
     write_geometry(tmp_path, '0008', holds='nothing')
     np.testing.assert_array_equal(exported(tmp_path).affine, np.eye(4))

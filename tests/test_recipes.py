@@ -310,20 +310,6 @@ def test_converted_weights_are_trained_further_whatever_their_file_is_called(dat
     assert len(load_weights(data / 'models/pretrained/fcn8s_FD0_1.pth')['conv1_1.weight']) == 5
 
 
-def test_weights_are_not_converted_beside_those_that_training_would_take_instead(data, monkeypatch):
-    caffe = data / 'models/pretrained/fcn8s_from_caffe.pth'
-    for path in (caffe, data / 'any.pth'):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({}, path)
-    monkeypatch.setattr(pretrain, 'convert', lambda *args: ('fcn8s_from_vgg16.pth', {}))
-    monkeypatch.setattr(
-        sys, 'argv', ['pretrain.py', *map(str, pretrain_args(data)), '--convert', str(data / 'any.pth')]
-    )
-    with pytest.raises(ValueError, match=f'{caffe}: training would start from it, not from fcn8s_from_vgg16.pth'):
-        pretrain.main()
-    assert not caffe.with_name('fcn8s_from_vgg16.pth').exists()
-
-
 def test_layers_of_unit_variance():
     torch.manual_seed(1)
     network = FCN8s(3, width=4)

@@ -741,11 +741,15 @@ def test_of_80_nih_cases_only_fold_0_is_the_published_one(report, tmp_path):
 
 
 def test_files_of_the_users_in_the_reports_folder_are_not_lost(golden, call):
-    notes = golden / 'report/notes.txt'
+    notes = golden / 'report/.notes'
     notes.parent.mkdir()
     notes.write_text('mine')
     done = call('report.py', golden)
-    assert done.code == 1 and f'{notes.parent}: holds notes.txt' in done.err and notes.read_text() == 'mine'
+    assert done.code == 1 and f'{notes.parent}: holds .notes' in done.err and notes.read_text() == 'mine'
+    notes.parent.rename(golden / 'elsewhere')
+    notes.parent.symlink_to(golden / 'elsewhere')
+    done = call('report.py', golden)
+    assert done.code == 1 and f'{notes.parent}: is not a folder' in done.err
 
 
 NOT_NIH = {

@@ -616,12 +616,26 @@ def test_a_start_that_would_not_be_used_is_refused(tmp_path):
     done = run_sh(**run)
     assert done.returncode == 2 and f'{converted}: training would start from it' in done.stderr
     assert run_sh(**run | {'ENABLE_PRETRAINING': 0}).returncode == 0
-    (tmp_path / 'images').mkdir()
-    done = run_sh(DRY_RUN=1, DATA_PATH=tmp_path, LAZY_MODE=1, PRETRAINED='vgg16')
-    assert '--convert vgg16' in done.stdout, 'what is there may be of another file'
     converted.rename(converted.with_name('fcn8s_FD0_1.pth'))
     done = run_sh(**run | {'ENABLE_PRETRAINING': 0, 'DRY_RUN': 0}, PRETRAINED='vgg16')
-    assert done.returncode == 2 and 'no FCN-8s to start from' in done.stderr, 'that of PRETRAINED is meant'
+    assert done.returncode == 2 and 'no FCN-8s to start from in models/pretrained, made of vgg16' in done.stderr
+
+
+def test_training_starts_from_what_PRETRAINED_was_converted_to(tmp_path):
+    folder = tmp_path / 'models/pretrained'
+    for path in (folder / 'fcn8s_from_caffe.pth', tmp_path / 'images/a.npy', tmp_path / 'my.pth'):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    lazy = {'DRY_RUN': 1, 'DATA_PATH': tmp_path, 'LAZY_MODE': 1}
+    for name in ('vgg16', tmp_path / 'my.pth'):
+        said = run_sh(**lazy, PRETRAINED=name).stdout
+        start = 'vgg16' if name == 'vgg16' else 'caffe'
+        assert f'--convert {name}' in said and f'--pretrained {folder}/fcn8s_from_{start}.pth' in said
+    (folder / 'fcn8s_from_vgg16.pth').touch()
+    os.utime(folder / 'fcn8s_from_caffe.pth', (0, 0))
+    assert '--convert' not in run_sh(**lazy, PRETRAINED='vgg16').stdout
+    assert f'--pretrained {folder}/fcn8s_from_vgg16.pth' in run_sh(**lazy, PRETRAINED=tmp_path / 'my.pth').stdout
+    assert '--pretrained' not in run_sh(**lazy).stdout
 
 
 def test_fold_A_leaves_no_fold_out(tmp_path):
@@ -630,7 +644,8 @@ def test_fold_A_leaves_no_fold_out(tmp_path):
     run = {'DRY_RUN': 1, 'DATA_PATH': tmp_path, 'ENABLE_COARSE_TESTING': 1, 'CURRENT_FOLD': 'A'}
     done = run_sh(**run)
     assert done.returncode == 2 and f'FOLDS is 4, but {tmp_path}/lists holds more folds' in done.stderr
-    for flags in ({'FOLDS': 5}, {'CURRENT_FOLD': 0}, {'ENABLE_INITIALIZATION': 1}):
+    report = {'ENABLE_COARSE_TESTING': 0, 'ENABLE_REPORT': 1}
+    for flags in ({'FOLDS': 5}, {'CURRENT_FOLD': 0}, {'ENABLE_INITIALIZATION': 1}, report):
         assert run_sh(**run | flags).returncode == 0
 
 

@@ -219,7 +219,28 @@ def test_oracle_volumes_of_another_rule_for_the_organ_are_not_reused(tested, cal
     record = tested / 'results/oracle_testing_1e-5x10,4/FD0:ZJ3_1.pkl/run.json'
     record.write_text(record.read_text().replace('label == organ_ID', 'label >= organ_ID'))
     done = call('oracle_testing.py', *training_args(tested))
-    assert done.code == 1 and 'is_organ was def is_organ' in done.err
+    assert done.code == 1 and "is_organ was 'def is_organ" in done.err and len(done.err.splitlines()) == 1
+
+
+def test_oracle_volumes_of_another_label_are_not_fused(tested, call):
+    for plane in 'XYZ':
+        succeeded(call('oracle_testing.py', *training_args(tested, plane)))
+    path = tested / 'labels/0002.npy'
+    np.save(path, np.roll(np.load(path), 1, axis=0))
+    done = call('oracle_fusion.py', *fusion_args(tested))
+    assert done.code == 1 and 'case 2 label_file was 0002.npy' in done.err
+
+
+def test_masks_of_another_case_are_not_scored_as_fused_for_this_one(tested, call):
+    for plane in 'XYZ':
+        succeeded(call('coarse_testing.py', *training_args(tested, plane)))
+    succeeded(call('coarse_fusion.py', *fusion_args(tested)))
+    for plane in 'XYZ':
+        shutil.rmtree(tested / COARSE / f'FD0:{plane}J3_1.pkl/volumes')
+    path = tested / 'lists/testing_FD0.txt'
+    path.write_text('\n'.join(reversed(path.read_text().splitlines())))
+    done = call('coarse_fusion.py', *fusion_args(tested))
+    assert done.code == 1 and 'case 1 image_file was 0001.npy' in done.err
 
 
 def test_oracle_testing_sees_nothing_far_from_the_label(tested, call):

@@ -296,7 +296,7 @@ def test_the_line_of_a_new_scan(tmp_path, capsys):
     assert capsys.readouterr().out == line.format(**figures) and figures['look_at_this_scan']
     for others in ('ac', 'abcd', 'a'):
         assert print_trust(record, path, lambda: list(others), settings) == {}
-        assert f'no predicted DSC: {path} is not of these snapshots alone' in capsys.readouterr().out
+        assert f'no predicted DSC: {path} is of other snapshots; give those of one fold' in capsys.readouterr().out
     record['rounds'][-1]['planes'] = 0.9999
     assert print_trust(record, path, of_a, settings) == {
         'predicted_DSC': None,
@@ -324,10 +324,10 @@ def test_the_inter_iteration_DSC_is_used_only_without_the_DSC_with_round_0():
 
 
 @pytest.mark.parametrize('change', [{'table': [[1]]}, {'DSC': 3}, {'signals': ['size']}, {'left_out': [math.nan] * 8},
-                                    {'settings': [{'threshold': 0.5}]}])  # fmt: skip
+                                    {'settings': [{'threshold': 0.5}]}, {'snapshots': ['a']}])  # fmt: skip
 def test_a_damaged_calibration_is_one_line(tmp_path, change):
     path = calibration_file(tmp_path, 3, 1)
-    write_json(path, calibrate(made_cases(8)) | {'settings': [END]} | change)
+    write_json(path, calibrate(made_cases(8)) | {'settings': [END], 'snapshots': []} | change)
     with pytest.raises(ValueError, match=f'{path}: not a calibration; run report.py again'):
         read_calibration(path)
 
@@ -360,6 +360,7 @@ def test_the_report_predicts_and_saves_its_calibration(tmp_path, call, count):
     for path in (folder, snapshots):
         path.mkdir(parents=True)
     (folder / 'results.txt').write_text(results_of(made_cases(count)))
+    write_json(folder / 'run.json', {f'snapshot {plane}.pkl': f'of {plane}' for plane in 'ZYX'})
     done = call('report.py', data)
     assert done.code == 0, done.err
     page = (data / 'report/index.html').read_text()
@@ -370,6 +371,7 @@ def test_the_report_predicts_and_saves_its_calibration(tmp_path, call, count):
         assert trust['calibration'] is None and 'no predicted DSC from fewer than 6' in page
         return
     assert trust['rank_correlation'] > 0.9 and len(trust['signals']) == 8
+    assert read_calibration(path)['snapshots'] == [['of X', 'of Y', 'of Z']]
     assert read_calibration(path)['settings'] == [{'threshold': 0.5, 'stop_DSC': 0.99, 'rounds': 1}]
     assert trust['signals'][0]['predicted'] == read_calibration(path)['left_out'][0]
     assert 'would have caught case 1 of fold 0' in page and (data / 'report/charts/run0_trust.svg').exists()

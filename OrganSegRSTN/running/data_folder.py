@@ -169,7 +169,7 @@ def changed_since_init(data_path, file):
     """Return whether images/CASE.npy or labels/CASE.npy exists and is not as init.py found it, by size and time."""
     path = Path(data_path, file)
     kind = {'images': 0, 'labels': 1}.get(path.parent.name)
-    return path.exists() and recorded(data_path, 'cases', path.stem, kind) not in (None, file_state(path))
+    return os.path.exists(path) and recorded(data_path, 'cases', path.stem, kind) not in (None, file_state(path))
 
 
 def rule_changed_since_init(data_path):

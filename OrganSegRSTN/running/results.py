@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from running.files import LEFTOVERS, atomic_write, locked, open_file, read_json, write_json
+from running.data_folder import organ_rule
+from running.files import LEFTOVERS, atomic_write, locked, open_file, quoted, read_json, write_json
 
 LIBRARIES = ('torch', 'numpy', 'scipy', 'fast-functions')
 RUNS = 'runs'  # key of run.json: provenance of the runs that wrote to the folder; all other keys are settings
@@ -126,7 +127,7 @@ def check_folder(folder, settings, cure='--overwrite (OVERWRITE=1 in run.sh)'):
     """Raise ValueError that names `cure` where the stored volumes of a folder were made with other settings."""
     try:
         former = _read_run(folder / 'run.json')
-        differing = [f'{name} was {former[name]}, is {value}' for name, value in settings.items()
+        differing = [f'{name} was {shown(former[name])}, is {shown(value)}' for name, value in settings.items()
                      if None not in (value, former.get(name)) and former[name] != value]  # fmt: skip
     except ValueError as error:
         differing = [str(error)]
@@ -138,14 +139,20 @@ def check_folder(folder, settings, cure='--overwrite (OVERWRITE=1 in run.sh)'):
         )
 
 
+def shown(value):
+    """Return a setting for an error line."""
+    return quoted(value) if '\n' in str(value) else value
+
+
 def stored_volumes(folder):
     """Return the files of the predictions in a result folder."""
     return list(folder.glob('volumes/*.npz')) + list(folder.glob('*.nii.gz'))
 
 
-def case_settings(data_path, cases, kinds=('image_file',)):
-    """Return {'case 1 image_file': name and SHA-256, ...} of the files of a testing list that a stage reads."""
-    checksum, settings = Checksums(data_path), {}
+def case_settings(data_path, cases, labels=False):
+    """Return {'case 1 image_file': name and SHA-256, ...} of what a stage makes volumes of: images, or labels as well."""
+    checksum, settings = Checksums(data_path), {'is_organ': organ_rule()} if labels else {}
+    kinds = ('image_file', 'label_file') if labels else ('image_file',)
     for number, case in enumerate(cases, 1):
         for kind in kinds:
             file = Path(data_path, getattr(case, kind))

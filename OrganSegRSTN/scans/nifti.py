@@ -41,7 +41,7 @@ def write_on_scan(path, volume, case, data_path):
     name = Path(case.image_file).stem
     geometry = load_geometry(geometry_file(data_path, name), volume.shape)
     if not known(geometry):
-        print_once(f'{data_path}: no geometry/CASE.json that says where a case lies: its .nii.gz is in voxels')
+        print_once(f'{data_path}: no geometry/CASE.json that says where some cases lie: their .nii.gz is in voxels')
     write_nifti(path, volume.astype(np.uint8), affine_header(geometry))
 
 

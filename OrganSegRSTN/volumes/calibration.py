@@ -94,6 +94,7 @@ def read_calibration(path):
         table, others = np.array(found['table'], float), np.array([found['DSC'], found['left_out']], float)
         whole = table.shape == (others.shape[1], len(found['signals'])) and set(found['signals']) <= SIGNALS.keys()
         whole = whole and all(math.isfinite(end[name]) for end in found['settings'] for name in ENDS)
+        whole = whole and all(isinstance(fold, list) for fold in found['snapshots'])  # before: of all folds together
     except (LookupError, TypeError, ValueError):
         whole = False
     if not (whole and np.isfinite(table).all() and np.isfinite(others).all() and others.shape[1] >= LEAST):
@@ -129,9 +130,9 @@ def print_trust(record, path, snapshots, settings, start='coarse'):
     if not all(ended_alike(rounds, settings, theirs) for theirs in calibration['settings']):
         print(f'{planes}; no predicted DSC: in {path} rounds end in another way (--threshold, --stop_DSC, --rounds)')
         return {}
-    if sorted(snapshots()) not in calibration.get('snapshots', ()):
+    if sorted(snapshots()) not in calibration['snapshots']:
         print(
-            f'{planes}; no predicted DSC: {path} is not of these snapshots alone, as tested on one fold; test them and run report.py again'
+            f'{planes}; no predicted DSC: {path} is of other snapshots; give those of one fold that report.py had the tests of'
         )
         return {}
     value, low, high, look = predict(calibration, signals)

@@ -45,9 +45,10 @@ def fuse(args, stage):
     weights = case_weights(args, cases)
     values = {fusion: [] for fusion in FUSIONS}
     with lock_folders(folder), Results(folder, f'{stage}_fusion') as results:
-        settings = fusion_settings(sources) | weights_settings(weights)
+        inputs = case_settings(args.data_path, cases, labels=stage == 'oracle')
+        settings = fusion_settings(sources) | weights_settings(weights) | inputs
         for source in sources:
-            check_folder(source, case_settings(args.data_path, cases), 'test it again with --overwrite')
+            check_folder(source, inputs, 'test it again with --overwrite')
         prepare_folder(folder, settings, provenance, args.overwrite)
         results('Fusing results of 1 snapshots:')
         for number, case in enumerate(cases, 1):

@@ -16,7 +16,6 @@ from running.data_folder import (
     averaged_snapshots,
     epoch_name,
     find_snapshot,
-    organ_rule,
     plane_view,
     read_cases,
     results_folder,
@@ -180,10 +179,7 @@ def evaluate_plane(args, stage, TEST):
     require_snapshots([tester], files.values())
     with first_alone(folder):
         if processes.rank() == 0:
-            kinds = ('image_file', 'label_file') if TEST == 'O' else ('image_file',)
-            settings = run_settings(args, cases, [snapshot], kinds) | (
-                {'is_organ': organ_rule()} if TEST == 'O' else {}
-            )
+            settings = run_settings(args, cases, [snapshot], labels=TEST == 'O')
             prepare_folder(folder, settings, provenance, args.overwrite)
         if not share_out(cases, volume_and_label):
             return
@@ -209,17 +205,17 @@ def stored(path, shape, compute):
     return volume
 
 
-def run_settings(args, cases, snapshots, kinds=('image_file',)):
+def run_settings(args, cases, snapshots, labels=False):
     """Return what stored volumes depend on, apart from their names, for run.json.
 
-    cases: the fold's testing list; kinds: the files of a case that the stage reads.
+    cases: the fold's testing list; labels: the stage predicts from their labels, too.
     """
     checksum = Checksums(args.data_path)
     settings = {'window': [args.low_range, args.high_range], 'precision': args.precision, 'average': args.average}
     paths = [path for snapshot in snapshots for path in averaged_snapshots(args, snapshot)]
     settings |= {f'snapshot {path.name}': checksum(path) for path in paths}
     checksum.save()
-    return settings | case_settings(args.data_path, cases, kinds)
+    return settings | case_settings(args.data_path, cases, labels)
 
 
 def case_weights(args, cases):
