@@ -112,6 +112,7 @@ pretraining() {
   local settings="width $PRETRAINING_WIDTH, epochs $PRETRAINING_EPOCHS, rate $PRETRAINING_LEARNING_RATE, window $LOW_RANGE $HIGH_RANGE,"
   settings+=" slices $SLICE_THRESHOLD $SLICE_THICKNESS, margin $TRAINING_MARGIN, seed ${SEED:-none}, from ${PRETRAINED:-nothing}"
   local record=$DATA_PATH/models/pretrained/fcn8s_FD${fold}_$organ.txt
+  # a file is converted anew: what is there may be of another
   if [[ -n $LAZILY && ( -z $PRETRAINED || $PRETRAINED == vgg16 || $PRETRAINED_FURTHER == 1 ) ]] && pretrained; then
     made_with "$settings" "$record"
     echo "fold $fold, organ $organ: models/pretrained holds an FCN-8s to start from"

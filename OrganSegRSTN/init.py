@@ -28,7 +28,6 @@ from running.data_folder import (
     file_state,
     fold_list,
     organ_extents,
-    organ_rule,
     plane_view,
     slice_averages,
     slice_list,
@@ -47,7 +46,7 @@ from running.files import (
 )
 from running.results import checksum, start_without_network
 from scans.geometry import check_partners
-from utils import in_training_set, is_organ
+from utils import in_training_set, is_organ, organ_rule
 
 SLICES_AT_ONCE = 32  # slices gathered at a time
 

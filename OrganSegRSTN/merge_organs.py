@@ -15,15 +15,7 @@ from running import arguments, script  # before packages: it names a missing one
 # isort: split
 from running.data_folder import PLANES, read_cases, snapshot_name, training_settings
 from running.files import load_volume
-from running.results import (
-    Results,
-    case_settings,
-    check_folder,
-    lock_folders,
-    prepare_folder,
-    read_settings,
-    start_without_network,
-)
+from running.results import Results, check_sources, lock_folders, prepare_folder, read_settings, start_without_network
 from scans.nifti import write_on_scan
 from utils import DSC_computation
 from volumes.fusion import merge
@@ -39,8 +31,7 @@ def main():
     cases = read_cases(args.data_path, 'testing', args.current_fold)
     folder = merged_folder(args)
     values = {organ: [] for organ in tested}
-    for organ in tested.values():
-        check_folder(organ.folder, case_settings(args.data_path, cases), 'test it again with --overwrite')
+    check_sources([organ.folder for organ in tested.values()], args.data_path, cases)
     with lock_folders(folder), Results(folder, 'merged') as results:
         prepare_folder(folder, settings, provenance, args.overwrite)
         results(f'Merging organs {", ".join(map(str, tested))}:')

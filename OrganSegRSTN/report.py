@@ -36,6 +36,7 @@ from running.files import errors_naming, locked, write_json
 from running.results import code
 from volumes.calibration import LEAST, SIGNALS, calibration_file
 
+# what a report's folder may hold, and lose; .DS_Store is the Finder's
 PARTS = {'.DS_Store', 'index.html', 'summary.json', 'results.csv', 'results.tex', 'charts', 'cases'}
 
 
@@ -108,9 +109,9 @@ def fresh_folder(path):
 
 
 def refuse_others(path):
-    """Raise ValueError where a folder to replace is not a report's, or holds more than one."""
+    """Raise ValueError where what a report replaces is not a folder, or holds what no report wrote."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ValueError(f'{path}: is not a folder; move it away')
+        raise ValueError(f'{path}: is not a folder, but a file or a link; move it away')
     others = {file.name for file in path.iterdir()} - PARTS if path.exists() else ()
     if others:
         raise ValueError(f'{path}: holds {", ".join(sorted(others))}, which would be lost; move it away')

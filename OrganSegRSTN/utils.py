@@ -1,6 +1,7 @@
 """What users of the published pipeline import: organ rule, folds, intensities, Dice and post-processing."""
 
 import functools
+import inspect
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,11 @@ except Exception as error:  # a module of another Python or platform fails in ot
 def is_organ(label, organ_ID):
     """Return where `label` (any shape) shows the organ, as bool. Redefine it here, once, for overlapping organs."""
     return label == organ_ID
+
+
+def organ_rule():
+    """Return the source of is_organ, by which a changed one is noticed; not that of functions it calls."""
+    return inspect.getsource(is_organ)
 
 
 def in_training_set(total_samples, i, folds, current_fold):

@@ -285,11 +285,8 @@ def test_the_line_of_a_new_scan(tmp_path, capsys):
     path = calibration_file(tmp_path, 3, 1)
     assert print_trust(record, path, list, {}) == {}
     assert capsys.readouterr().out.startswith(f'planes disagree on 31 %; no predicted DSC: report.py writes {path}')
-    settings, of_a, found = (
-        {'threshold': 0.5, 'stop_DSC': 0.99},
-        lambda: ['b', 'a'],
-        {'snapshots': [['a', 'b'], ['c', 'd']]},
-    )
+    settings, of_a = {'threshold': 0.5, 'stop_DSC': 0.99}, lambda: ['b', 'a']
+    found = {'snapshots': [['a', 'b'], ['c', 'd']]}
     write_json(path, calibrate(made_cases(8)) | found | {'settings': [settings | {'rounds': 1}]})
     figures = print_trust(record, path, of_a, settings)
     line = 'predicted DSC {predicted_DSC:.2f} ({low:.2f} to {high:.2f}); planes disagree on 31 %: look at this scan\n'

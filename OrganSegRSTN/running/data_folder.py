@@ -2,7 +2,6 @@
 
 import functools
 import glob
-import inspect
 import math
 import operator
 import os
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from running.files import LEFTOVERS, load_array, quoted, read_json, read_lines
-from utils import is_organ
+from utils import is_organ, organ_rule
 
 PLANES = 'XYZ'
 INIT_RECORD = 'init.json'  # what init.py made the lists of, and their sizes and checksums
@@ -175,11 +174,6 @@ def changed_since_init(data_path, file):
 def rule_changed_since_init(data_path):
     """Return whether is_organ is not as it was when init.py listed the slices by it."""
     return recorded(data_path, 'settings', 'is_organ') not in (None, organ_rule())
-
-
-def organ_rule():
-    """Return the source of is_organ, which users redefine; not that of functions it calls."""
-    return inspect.getsource(is_organ)
 
 
 def recorded(data_path, *keys):

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from running.data_folder import organ_rule
 from running.files import LEFTOVERS, atomic_write, locked, open_file, quoted, read_json, write_json
+from utils import organ_rule
 
 LIBRARIES = ('torch', 'numpy', 'scipy', 'fast-functions')
 RUNS = 'runs'  # key of run.json: provenance of the runs that wrote to the folder; all other keys are settings
@@ -137,6 +137,14 @@ def check_folder(folder, settings, cure='--overwrite (OVERWRITE=1 in run.sh)'):
             f'{folder}: its volumes were made with other settings ({"; ".join(differing[:5])}{more}); '
             f'give the former settings, or {cure} to make the volumes again'
         )
+
+
+def check_sources(folders, data_path, cases, labels=False):
+    """Return the case_settings of these cases; raise ValueError where the volumes of a folder were made with others."""
+    settings = case_settings(data_path, cases, labels)
+    for folder in folders:
+        check_folder(folder, settings, 'test it again with --overwrite')
+    return settings
 
 
 def shown(value):

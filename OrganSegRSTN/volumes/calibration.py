@@ -131,9 +131,7 @@ def print_trust(record, path, snapshots, settings, start='coarse'):
         print(f'{planes}; no predicted DSC: in {path} rounds end in another way (--threshold, --stop_DSC, --rounds)')
         return {}
     if sorted(snapshots()) not in calibration['snapshots']:
-        print(
-            f'{planes}; no predicted DSC: {path} is of other snapshots; give those of one fold that report.py had the tests of'
-        )
+        print(f'{planes}; no predicted DSC: {path} is of other snapshots; give those of one fold that is in the report')
         return {}
     value, low, high, look = predict(calibration, signals)
     predicted = 'no predicted DSC, its signals are unlike those of the test cases'

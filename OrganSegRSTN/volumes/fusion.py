@@ -6,15 +6,7 @@ from running import arguments
 from running.data_folder import PLANES, epoch_name, find_snapshots, read_cases, results_folder, without_fold
 from running.files import load_volume, save_volume
 from running.processes import rank
-from running.results import (
-    Results,
-    case_settings,
-    check_folder,
-    lock_folders,
-    prepare_folder,
-    read_settings,
-    start_without_network,
-)
+from running.results import Results, check_sources, lock_folders, prepare_folder, read_settings, start_without_network
 from scans.nifti import export
 from utils import DSC_computation, post_processing
 from volumes.rounds import weighted
@@ -45,10 +37,8 @@ def fuse(args, stage):
     weights = case_weights(args, cases)
     values = {fusion: [] for fusion in FUSIONS}
     with lock_folders(folder), Results(folder, f'{stage}_fusion') as results:
-        inputs = case_settings(args.data_path, cases, labels=stage == 'oracle')
-        settings = fusion_settings(sources) | weights_settings(weights) | inputs
-        for source in sources:
-            check_folder(source, inputs, 'test it again with --overwrite')
+        settings = fusion_settings(sources) | weights_settings(weights)
+        settings |= check_sources(sources, args.data_path, cases, labels=stage == 'oracle')
         prepare_folder(folder, settings, provenance, args.overwrite)
         results('Fusing results of 1 snapshots:')
         for number, case in enumerate(cases, 1):
