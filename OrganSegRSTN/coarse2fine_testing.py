@@ -67,7 +67,7 @@ def main():
 
     with first_alone(folder, *coarse_folders):
         if processes.rank() == 0:
-            prepare_folders(args, tested, snapshots, weights, folder, coarse_folders, provenance)
+            prepare_folders(args, tested, snapshots, weights, folder, coarse_folders, fine, provenance)
         if not share_out(tested, masks_and_label):
             return
         cases = []
@@ -83,14 +83,14 @@ def main():
                 results(f'Rounds ended at an inter-iteration DSC of {args.stop_DSC}: so do higher DSC thresholds .')
 
 
-def prepare_folders(args, tested, snapshots, weights, folder, coarse_folders, provenance):
+def prepare_folders(args, tested, snapshots, weights, folder, coarse_folders, fine, provenance):
     """Prepare the result folder, and those of coarse testing as far as volumes are missing there."""
     coarse = {path: run_settings(args, tested, [name]) for path, name in zip(coarse_folders, snapshots)}
     for path, settings in coarse.items():
         check_folder(path, settings, 'coarse_testing.py --overwrite')
     stop_DSC = 'none' if args.stop_DSC is None else args.stop_DSC
     settings = run_settings(args, tested, snapshots) | {'stop_DSC': stop_DSC} | weights_settings(weights)
-    prepare_folder(folder, settings, provenance, args.overwrite)
+    prepare_folder(folder, settings, provenance, args.overwrite and (lambda: [tester.check() for tester in fine]))
     for path, settings in coarse.items():
         if len(list(path.glob(f'volumes/{epoch_name(args)}_*.npz'))) < len(tested):
             prepare_folder(path, settings, provenance)
@@ -117,11 +117,11 @@ def case_rounds(args, folder, case, number, shape, coarse, fine, weights):
     probability = round_file(folder, 'P', number)
     missing = args.probability and load_volume(probability, shape) is None
     if missing or not finished(masks, args) or not covers(stored_record(folder, number), masks, args.probe):
-        for path in (probability, record_file(folder, number)):
-            path.unlink(missing_ok=True)  # they are stored last, so that they always belong to the rounds beside them
         image = case.image(args.data_path)
         volumes = [coarse_volume(args, path, tester, image, number) for path, tester in coarse]
         masks, score, record = rounds(args, volumes, fine, image, weights)
+        for path in (probability, record_file(folder, number)):
+            path.unlink(missing_ok=True)  # they are stored last, so that they always belong to the rounds beside them
         for r, mask in enumerate(masks):
             save_volume(round_file(folder, r, number), mask)
         if args.probability:

@@ -32,8 +32,14 @@ def main():
     folder = merged_folder(args)
     values = {organ: [] for organ in tested}
     check_sources([organ.folder for organ in tested.values()], args.data_path, cases)
+
+    def check():
+        for number, case in enumerate(cases, 1):
+            for organ, one in tested.items():
+                last_round(one, number, case.label(args.data_path, organ).shape)
+
     with lock_folders(folder), Results(folder, 'merged') as results:
-        prepare_folder(folder, settings, provenance, args.overwrite)
+        prepare_folder(folder, settings, provenance, args.overwrite and check)
         results(f'Merging organs {", ".join(map(str, tested))}:')
         for number, case in enumerate(cases, 1):
             results(f'  Testcase {number}:')

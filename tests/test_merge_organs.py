@@ -176,6 +176,12 @@ def test_run_json_holds_what_each_organ_was_tested_with_and_a_change_is_an_error
     run_two_organs(two, call, '--stop_DSC', 0.01, '--overwrite')
     done = call('merge_organs.py', *merge_args(two))
     assert done.code == 1 and 'organ 1 stop_DSC was none, is 0.01' in done.err and '--overwrite' in done.err
+    lost = folder_of(two, 2) / 'volumes/P_1.npz'
+    lost.rename(two / 'elsewhere.npz')
+    before = sorted(merged_folder(two).iterdir())
+    assert call('merge_organs.py', *merge_args(two), '--overwrite').code == 1
+    assert sorted(merged_folder(two).iterdir()) == before, 'what cannot be made again is kept'
+    (two / 'elsewhere.npz').rename(lost)
     assert call('merge_organs.py', *merge_args(two), '--overwrite').code == 0
 
 

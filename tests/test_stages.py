@@ -61,13 +61,13 @@ def succeeded(done):
 class Recorder(torch.nn.Module):
     """Stands where a network does: hands on its middle slice's inputs, so that averages can be told."""
 
-    def __init__(self):
+    def __init__(self, thickness=3):
         super().__init__()
-        self.seen = []
+        self.seen, self.thickness = [], thickness
 
     def forward(self, image, **others):
         self.seen.append({'image': image} | others)
-        return image
+        return image if self.thickness == 3 else image[:, 1:2]
 
 
 def test_every_window_is_seen_clipped_and_scaled_and_averaged_back():
@@ -94,7 +94,7 @@ def test_windows_go_in_batches_of_so_many_pixels(monkeypatch):
 def test_volumes_of_one_and_two_slices_work(slices):
     image = np.random.default_rng(0).integers(0, 200, (4, 5, slices))
     for thickness in (1, 3):
-        found = predict_volume(Recorder(), image, 'Z', within(0, 200, thickness)) if thickness == 3 else image / 200
+        found = predict_volume(Recorder(thickness), image, 'Z', within(0, 200, thickness))
         np.testing.assert_allclose(found, image / 200, atol=1e-6)
     net = RSTN(n_class=1, TEST='C', width=3).eval()
     assert predict_volume(net, image, 'Z', within(0, 200, 1)).shape == image.shape
@@ -580,10 +580,9 @@ def test_volumes_made_with_other_settings_are_an_error_that_names_the_cure(teste
     assert re.search(rf'{why}.+--overwrite \(OVERWRITE=1 in run.sh\)', done.err)
     assert (times(folder), lines(folder)) == (before, figures), 'nothing of it is lost'
     done = call(
-        'coarse2fine_testing.py', *coarse2fine_args(tested)[:3], *args[3:8], *coarse2fine_args(tested)[8:], *args[23:]
+        'coarse2fine_testing.py', *coarse2fine_args(tested)[:3], *args[3:8], *coarse2fine_args(tested)[8:], *args[22:]
     )
-    if change != change_precision:
-        assert done.code == 1 and times(folder) == before, 'coarse to fine leaves the folder as it is'
+    assert done.code == 1 and times(folder) == before, 'coarse to fine leaves the folder as it is'
     succeeded(call('coarse_testing.py', *args, '--overwrite'))
     assert not times(folder).items() & before.items()
     succeeded(call('coarse_testing.py', *args))
@@ -608,6 +607,31 @@ def test_a_snapshot_that_is_gone_costs_no_volume(tested, call):
     assert times(tested) == before
 
 
+def test_overwrite_removes_nothing_that_cannot_be_made_again(tested, call):
+    """The snapshots are gone, or a plane's volume is: the results of other settings are all that is left."""
+    stages = [('coarse_testing.py', training_args(tested, plane)) for plane in 'XYZ']
+    stages += [('coarse2fine_testing.py', coarse2fine_args(tested)), ('coarse_fusion.py', fusion_args(tested))]
+    for script, args in stages:
+        succeeded(call(script, *args))
+    shutil.rmtree(tested / 'models')
+    shutil.rmtree(tested / COARSE / 'FD0:XJ3_1.pkl')
+    kept, settings = times(tested), tested / COARSE / 'FD0:YJ3_1.pkl/run.json'
+    for (script, args), change in zip(stages[2:], (['--precision', 'bf16'], ['--stop_DSC', 0.5], [])):
+        if not change:
+            settings.write_text(settings.read_text().replace('"fp32"', '"tf32"', 1))
+        done = call(script, *args, *change, '--overwrite')
+        assert done.code == 1 and re.search('no such (weights|volume)', done.err)
+    assert times(tested) == kept and 'results.txt' in {path.name for path in (tested / FINE).iterdir()}
+
+
+def test_a_probe_that_fails_leaves_the_signals(tested, call):
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested)))
+    (tested / 'models/snapshots' / FOLDER / 'FD0:YJ3_1.pkl').unlink()
+    signals = {path: path.read_bytes() for path in (tested / FINE / 'signals').iterdir()}
+    assert call('coarse2fine_testing.py', *coarse2fine_args(tested), '--probe', 1).code == 1
+    assert signals and {path: path.read_bytes() for path in (tested / FINE / 'signals').iterdir()} == signals
+
+
 def test_volumes_of_another_precision_agree(tested, call):
     folder = tested / 'results/coarse_testing_1e-5x10,4/FD0:ZJ3_1.pkl'
     succeeded(call('coarse_testing.py', *training_args(tested)))
@@ -622,8 +646,13 @@ def test_a_published_folder_of_volumes_without_run_json_is_taken_as_it_is(tested
     succeeded(call('coarse_testing.py', *training_args(tested)))
     folder = tested / COARSE / 'FD0:ZJ3_1.pkl'
     before = times(folder)
-    (folder / 'run.json').unlink()
-    assert 'unknown settings' in succeeded(call('coarse_testing.py', *training_args(tested))).out
+    for script, args in (
+        ('coarse2fine_testing.py', coarse2fine_args(tested)),
+        ('coarse_fusion.py', fusion_args(tested)),
+        ('coarse_testing.py', training_args(tested)),
+    ):
+        (folder / 'run.json').unlink(missing_ok=True)
+        assert f'{folder}: uses {len(before)} volumes of unknown settings' in succeeded(call(script, *args)).out
     assert times(folder) == before
 
 

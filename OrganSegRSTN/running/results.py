@@ -97,12 +97,12 @@ def lock_folders(*folders):
 # --- run.json: what the volumes were made with ---------------------------------------------------------------------
 
 
-def prepare_folder(folder, settings, provenance, overwrite=False):
+def prepare_folder(folder, settings, provenance, replace=None):
     """Record in folder/run.json what the volumes are made with; raise ValueError where stored ones were made otherwise.
 
     settings: {name: value}, flat; None is unknown and agrees with any value. Volumes without a
-    run.json (the published pipeline's) are kept, with a line. overwrite: remove volumes of other
-    settings, and their figures, instead of raising.
+    run.json (the published pipeline's) are kept, with a line. replace: remove volumes of other
+    settings, and their figures, instead of raising; called first, to raise what their making would.
     """
     path, volumes = folder / 'run.json', stored_volumes(folder)
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -110,12 +110,12 @@ def prepare_folder(folder, settings, provenance, overwrite=False):
         check_folder(folder, settings)
         former = _read_run(path)
     except ValueError:
-        if volumes and not overwrite:
+        if volumes and not replace:
             raise
+        if volumes:
+            replace()
         remove_results(folder, volumes)
         volumes, former = [], {}
-    if volumes and not former:
-        print(f'{folder}: uses {len(volumes)} volumes of unknown settings (there is no run.json)')
     known = {name: value for name, value in former.items() if name != RUNS} if volumes else {}
     runs = [run for run in former.get(RUNS, []) if volumes and run != provenance]
     content = known | settings | {RUNS: [*runs, provenance]}
@@ -124,14 +124,20 @@ def prepare_folder(folder, settings, provenance, overwrite=False):
 
 
 def check_folder(folder, settings, cure='--overwrite (OVERWRITE=1 in run.sh)'):
-    """Raise ValueError that names `cure` where the stored volumes of a folder were made with other settings."""
+    """Raise ValueError that names `cure` where the stored volumes of a folder were made with other settings.
+
+    Print a line where nothing says what they were made with.
+    """
+    volumes = stored_volumes(folder)
     try:
         former = _read_run(folder / 'run.json')
+        if volumes and not former:
+            print(f'{folder}: uses {len(volumes)} volumes of unknown settings (there is no run.json)')
         differing = [f'{name} was {shown(former[name])}, is {shown(value)}' for name, value in settings.items()
                      if None not in (value, former.get(name)) and former[name] != value]  # fmt: skip
     except ValueError as error:
         differing = [str(error)]
-    if differing and stored_volumes(folder):
+    if differing and volumes:
         more = f'; and {len(differing) - 5} more' if len(differing) > 5 else ''
         raise ValueError(
             f'{folder}: its volumes were made with other settings ({"; ".join(differing[:5])}{more}); '

@@ -35,17 +35,25 @@ def fuse(args, stage):
     sources = [results_folder(args, stage, snapshot) for snapshot in snapshots]
     cases = read_cases(args.data_path, 'testing', args.current_fold)
     weights = case_weights(args, cases)
+    files = {n: [source / 'volumes' / f'{epoch}_{n}.npz' for source in sources] for n, _ in enumerate(cases, 1)}
     values = {fusion: [] for fusion in FUSIONS}
+
+    def check():
+        for number, case in enumerate(cases, 1):
+            shape = case.label(args.data_path, args.organ_ID).shape
+            for file in files[number]:
+                plane_volume(file, shape)
+
     with lock_folders(folder), Results(folder, f'{stage}_fusion') as results:
         settings = fusion_settings(sources) | weights_settings(weights)
         settings |= check_sources(sources, args.data_path, cases, labels=stage == 'oracle')
-        prepare_folder(folder, settings, provenance, args.overwrite)
+        prepare_folder(folder, settings, provenance, args.overwrite and check)
         results('Fusing results of 1 snapshots:')
         for number, case in enumerate(cases, 1):
             results(f'  Testcase {number}:')
             label = case.label(args.data_path, args.organ_ID)
-            files = [source / 'volumes' / f'{epoch}_{number}.npz' for source in sources]
-            masks = stored_fusion(folder / 'volumes', number, files, label.shape, args, weights.get(case.image_file))
+            weight = weights.get(case.image_file)
+            masks = stored_fusion(folder / 'volumes', number, files[number], label.shape, args, weight)
             export(args, folder / 'volumes' / f'F2P_{number}.npz', masks['F2P'], case)
             scores = {fusion: DSC_computation(label, masks[fusion]) for fusion in FUSIONS}
             results.add_case(number, case, scores)

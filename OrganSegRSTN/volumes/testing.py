@@ -80,6 +80,11 @@ class PlaneTester:
             self.net = load_RSTN(path, self.TEST, thickness, margin, device, precision, self.facts)
         return self.net
 
+    def check(self):
+        """Load each snapshot; raise where one is missing or its training does not agree."""
+        for path in self.paths:
+            self.load(path)
+
     def release(self):
         """Free the network's memory."""
         self.net = None
@@ -180,7 +185,7 @@ def evaluate_plane(args, stage, TEST):
     with first_alone(folder):
         if processes.rank() == 0:
             settings = run_settings(args, cases, [snapshot], labels=TEST == 'O')
-            prepare_folder(folder, settings, provenance, args.overwrite)
+            prepare_folder(folder, settings, provenance, args.overwrite and tester.check)
         if not share_out(cases, volume_and_label):
             return
         scores = []
