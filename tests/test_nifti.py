@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -36,6 +37,7 @@ from test_bad_inputs import refused
 from running.data_folder import Case
 from scans import nifti
 from scans.converting import save_scan
+from scans.dataset import find, without_channel
 from scans.dicom import read_series
 from scans.geometry import Geometry, axis_codes, load_geometry, place_label
 
@@ -252,6 +254,18 @@ def test_folders_and_patterns_that_the_user_names(tmp_path, convert):
         np.testing.assert_array_equal(labels[case], label.transpose(1, 0, 2))
 
 
+@pytest.mark.parametrize('end', ['.nii', '.nii.gz', '.nii*', '.NII.GZ', '.nrrd', '.mhd'])
+def test_a_pattern_may_end_as_a_scan_does(tmp_path, end):
+    for name in ('a_ct', 'b_ct', 'a_label'):
+        (tmp_path / f'{name}{end.replace("*", ".gz")}').touch()
+    assert list(find(tmp_path, str(tmp_path / f'*_ct{end}'), ())) == ['a', 'b']
+
+
+def test_a_channel_pairs_with_a_label_of_its_name(tmp_path):
+    images = {'img0001_0000': ['a'], 'pt_0000': ['b'], 'c_0000': ['c']}
+    assert without_channel(images, {'0001': [], 'pt': []}) == {'0001': ['a'], 'pt': ['b'], 'c_0000': ['c']}
+
+
 def test_a_case_that_fails_is_named_and_the_others_are_converted(tmp_path, convert):
     for case in ('good', 'cut', 'with space', 'twice'):
         write_nifti(tmp_path / f'images/{case}.nii.gz', random_volume())
@@ -322,6 +336,7 @@ def test_a_real_JPEG_2000_series_lies_under_its_row_flipped_label(tmp_path, conv
     assert 'by the affines' in convert(tmp_path)[0]
     assert 70 < liver_mean(loaded(tmp_path, 'labels')['0001']) < 110
     (tmp_path / 'geometry/0001.json').unlink()
+    (tmp_path / 'labels/0001.npy').unlink()
     assert 'by transpose(1, 0, 2)' in convert(tmp_path)[0]
     published = loaded(tmp_path, 'labels')['0001']
     assert liver_mean(published) < 0 and 70 < liver_mean(published[::-1]) < 110
@@ -345,8 +360,6 @@ def test_labels_off_whole_numbers_by_rounding_are_rounded(tmp_path, convert):
     label = np.random.default_rng(0).integers(0, 4, (6, 5, 4)).astype(np.int16)
     for case, factor in (('tenth', 10), ('255th', 255)):
         write_nifti(tmp_path / f'images/{case}.nii', random_volume())
-        image = nib.Nifti1Image(label * factor, np.eye(4))
-        image.header.set_slope_inter(1 / factor, 0)
         write_nifti(tmp_path / f'labels/{case}.nii', label * factor)
         content = bytearray((tmp_path / f'labels/{case}.nii').read_bytes())
         struct.pack_into('<f', content, 112, 1 / factor)
@@ -543,6 +556,23 @@ def test_arrays_that_changed_since_their_conversion_are_refused_unless_that_is_s
         assert init(call, folder).code == 0
 
 
+def test_arrays_of_your_own_are_not_converted_over(folder, tmp_path, call):
+    for kind, key in (('images', 'image_crc32'), ('labels', 'label_crc32')):
+        path, record = folder / kind / 'a.npy', folder / 'geometry/a.json'
+        made, own = np.load(path), 1 - np.load(path).clip(0, 1)
+        np.save(path, own)
+        assert call(NII2NPY, tmp_path / 'raw', folder).code == 0, 'a change that is not said to be right'
+        np.testing.assert_array_equal(np.load(path), made)
+        np.save(path, own)
+        text = re.sub(rf'.*"{key}".*\n', '', record.read_text())  # as docs/data.md does
+        record.write_text(text)
+        assert 'your own' in call(NII2NPY, tmp_path / 'raw', folder).err
+        assert (record.read_text(), np.load(path).tolist()) == (text, own.tolist())
+        path.unlink()
+        assert call(NII2NPY, tmp_path / 'raw', folder).code == 0
+        np.testing.assert_array_equal(np.load(path), made)
+
+
 def test_an_image_of_another_shape_is_refused_until_its_geometry_goes(folder, call):
     for kind in ('images', 'labels'):
         np.save(folder / kind / 'a.npy', np.load(folder / kind / 'a.npy')[:, 1:])
@@ -570,7 +600,7 @@ def test_older_data_folders_and_own_arrays_go_on_working(folder, tmp_path, call)
     shutil.rmtree(tmp_path / 'raw/labels')
     write_nifti(tmp_path / 'raw/images/b.nii.gz', random_volume(9))
     done = call(NII2NPY, tmp_path / 'raw', folder)
-    assert done.code == 0 and 'a: labels' not in done.out and 'b: labels/b.npy was made for another' in done.out
+    assert done.code == 1 and 'a: labels' not in done.out and 'images/b.npy is not what the conversion' in done.err
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -58,9 +58,13 @@ def save_scan(data_path, case, scan, label=None):
     """Write geometry/CASE.json and images/CASE.npy; print a line.
 
     label: what save_label writes next. Without it, print a line if the stored label was made for another image.
+    ValueError: a stored array is not the converter's own, see refuse_own.
     """
+    refuse_own(data_path, case, 'image', scan.image)
+    if label is not None:
+        refuse_own(data_path, case, 'label', label)
     geometry = scan.geometry or Geometry(np.eye(4), 'nothing', str(image_file(data_path, case)), 'unknown')
-    partners = {'shape': scan.image.shape, 'image_crc32': crc32(scan.image)}
+    partners = {'image_crc32': crc32(scan.image)}
     former, here = recorded(data_path, case), os.path.abspath(geometry.source)
     if former.get('source', here) != here and former.get('image_crc32') != partners['image_crc32'] and scan.geometry:
         print(f'{case}: replaces the scan of {former["source"]}')
@@ -68,7 +72,9 @@ def save_scan(data_path, case, scan, label=None):
         partners['label_crc32'] = crc32(label)
     elif label_file(data_path, case).exists():
         partners |= _partner_label(data_path, case, geometry, partners['image_crc32'])
-    save_geometry(geometry_file(data_path, case), geometry, **partners)
+    save_geometry(
+        geometry_file(data_path, case), geometry, **partners, shape=scan.image.shape
+    )  # a user may delete others
     save_array(image_file(data_path, case), scan.image)
     spacing = ' x '.join(f'{s:.3g}' for s in geometry.spacing) + ' mm' if known(geometry) else 'unknown spacing'
     size = ' x '.join(map(str, scan.image.shape))
@@ -76,21 +82,45 @@ def save_scan(data_path, case, scan, label=None):
 
 
 def save_label(data_path, case, label):
-    """Write labels/CASE.npy and its checksum into geometry/CASE.json, if its image has one."""
+    """Write labels/CASE.npy and its checksum into geometry/CASE.json, if its image has one.
+
+    ValueError: the stored label is not the converter's own, see refuse_own.
+    """
+    refuse_own(data_path, case, 'label', label)
     save_array(label_file(data_path, case), label)
     path = geometry_file(data_path, case)
     if content := read_record(path):
-        write_json(path, content | {'label_crc32': crc32(label)})
+        content.pop('label_crc32', None)
+        write_json(path, {'label_crc32': crc32(label)} | content)
+
+
+def refuse_own(data_path, case, kind, array):
+    """Raise ValueError where another array than this one would be lost of which geometry/CASE.json holds no checksum.
+
+    kind: image or label. The user made it, or changed it and removed the checksum.
+    """
+    path, differs = Path(data_path, f'{kind}s', f'{case}.npy'), False
+    if path.exists() and f'{kind}_crc32' not in recorded(data_path, case):
+        with contextlib.suppress(ValueError):  # nothing is lost with what is broken
+            differs = crc32(load_array(path)) != crc32(array)
+    if differs:
+        raise ValueError(
+            f'{path} is not what the conversion makes, and geometry/{case}.json holds no {kind}_crc32, so it is your '
+            'own: move it away to have it made again'
+        )
 
 
 def _partner_label(data_path, case, geometry, image_crc32):
     """Return the record of the label beside a new image: null, with a line, if of another image."""
-    image, record = image_file(data_path, case), geometry_file(data_path, case)
+    record = geometry_file(data_path, case)
     with contextlib.suppress(ValueError):  # nothing is known of what is broken
         content, former = read_record(record), load_geometry(record)
-        former_crc32 = content.get('image_crc32') or (crc32(load_array(image)) if image.exists() else image_crc32)
         alike = former is None or (former.holds == geometry.holds and np.allclose(former.affine, geometry.affine))
-        if alike and former_crc32 == image_crc32 and content.get('label_crc32', 0) is not None:
+        if (
+            alike
+            and content.get('image_crc32', image_crc32) == image_crc32
+            and content.get('label_crc32', 0) is not None
+        ):
             return {key: content[key] for key in ('label_crc32',) if key in content}
     print(f'{case}: labels/{case}.npy was made for another images/{case}.npy: convert it again')
     return {'label_crc32': None}

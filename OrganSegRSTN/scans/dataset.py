@@ -37,7 +37,7 @@ def find_files(pattern):
     """Return {case: [path, ...]} of a pattern, whose last * stands for the case."""
     parts = Path(pattern).parts
     place = max(i for i, part in enumerate(parts) if '*' in part)
-    around = re.sub(r'\.nii(\.gz|\*)?$', '', parts[place]).split('*')
+    around = SCAN.sub('', re.sub(r'\.nii\*$', '.nii', parts[place])).split('*')
     if len(around) == 1:
         raise ValueError(f'{pattern}: no * in it that stands for the case')
     named = re.compile('(.*)'.join(map(re.escape, around)), re.DOTALL)
@@ -63,7 +63,7 @@ def without_channel(images, labels):
     """Return the images, nnU-Net's NAME_0000, NAME_0001 ... under NAME if a label has that name."""
     cases = defaultdict(list)
     for case, paths in images.items():
-        name = re.sub(r'_\d{4}$', '', case)
+        name = case_name(re.sub(r'_\d{4}$', '', case))
         cases[name if name in labels and case not in labels else case] += paths
     return cases
 
