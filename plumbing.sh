@@ -155,9 +155,10 @@ pretrained() {  # does models/pretrained hold an FCN-8s for $fold and $organ?
 converting() {  # are the weights of PRETRAINED to start from, only converted?
   [[ -n $PRETRAINED && $PRETRAINED_FURTHER != 1 ]]
 }
-converted_start() {  # the file that PRETRAINED was converted to, if it was: of two, the newer one
-  local caffe=$DATA_PATH/models/pretrained/fcn8s_from_caffe.pth vgg16=$DATA_PATH/models/pretrained/fcn8s_from_vgg16.pth
-  if [[ $PRETRAINED == vgg16 || $vgg16 -nt $caffe ]]; then echo "$vgg16"; else echo "$caffe"; fi
+converted_start() {  # the file that PRETRAINED is converted to
+  local kind=caffe
+  if [[ $PRETRAINED == vgg16 ]] || grep -qaF features.0.weight "$PRETRAINED"; then kind=vgg16; fi
+  echo "$DATA_PATH/models/pretrained/fcn8s_from_$kind.pth"
 }
 from_outside() {  # does models/pretrained hold weights from outside to start from?
   local folder=$DATA_PATH/models/pretrained

@@ -252,7 +252,7 @@ oracle_fusion() {
 : "${COARSE2FINE_TESTING_ORGAN_ID=$CURRENT_ORGAN_ID}"
 : "${COARSE2FINE_TESTING_GPU:=${PLANE_GPUS%% *}}"  # three planes in one process
 : "${COARSE2FINE_TESTING_GPU:=$CURRENT_GPU}"
-: "${FINE_FUSION_THRESHOLD:=0.5}"
+: "${FINE_FUSION_THRESHOLD:=0.5}"       # probability from which a voxel is organ
 : "${MAX_ROUNDS:=10}"
 : "${STOP_DSC:=}"                       # end a case where two rounds agree so (0.99); empty: all rounds, as published
 : "${COARSE2FINE_TIMESTAMP1_X:=$TRAINING_TIMESTAMP}"

@@ -320,7 +320,10 @@ def predict_folder(args, organs):
                 records = {'': {'error': text.partition(': error: ')[2]}}
             tqdm.write(text)
             sys.stdout.flush()
-            rows += [{'scan': name, 'label': number} | record for number, record in records.items()]
+            rows += table_rows(name, records)
+        for file in sorted(output.glob('*.json')):
+            if file.stem not in scans:  # of another folder
+                rows += table_rows(file.stem, read_record(file).get('organs', {}))
         write_table(output / 'scans.csv', rows)
     print(f'written: {output / "scans.csv"}', flush=True)
     if failed:
@@ -408,6 +411,11 @@ def summary(number, record):
     trust = '' if predicted is None else f', predicted DSC {predicted:.2f}'
     warnings = ''.join(f', warning: {text}' for text in record['warnings'])
     return f'label {number}: {size}, {record["rounds"]} rounds{trust}{warnings}'
+
+
+def table_rows(name, records):
+    """Return the rows of a scan with these {organ: record}."""
+    return [{'scan': name, 'label': number} | record for number, record in records.items()]
 
 
 def write_table(path, rows):

@@ -8,6 +8,7 @@ becomes fcn8s_from_vgg16.pth.
 
 import functools
 import random
+from pathlib import Path
 
 from running import arguments, script  # before packages: it names a missing one
 
@@ -77,9 +78,14 @@ def parse():
 def write_converted(args):
     """Convert the weights of --convert; return the path that they are saved at."""
     source = fetch_vgg16(pretrained_folder(args)) if args.convert == 'vgg16' else args.convert
+    folder = pretrained_folder(args)
+    if args.fold_normalization and Path(source).resolve() in [(folder / name).resolve() for name in NORMALIZATION]:
+        raise ValueError(
+            f'{source}: would be replaced by its folded weights, and folded again next time; move it elsewhere'
+        )
     name, state = convert(load_weights(source), source, args.fold_normalization)
-    write(pretrained_folder(args) / name, state)
-    return pretrained_folder(args) / name
+    write(folder / name, state)
+    return folder / name
 
 
 def write(path, state):

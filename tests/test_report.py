@@ -404,9 +404,10 @@ def test_the_table_of_results_as_csv_and_latex(golden, report):
         rows = list(csv.DictReader(file))
     row = next(row for row in rows if row['result'] == 'coarse2fine')
     assert (row['name'], row['fold'], row['cases'], row['missed']) == ('left_kidney & co', 'all', '2', '0')
+    assert (row['thickness'], row['epoch']) == ('3', 'e2682')
     assert float(row['mean']) == 0.5237438635803298
     text = (golden / 'report' / 'results.tex').read_text()
-    assert r'left\_kidney \& co' in text
+    assert r'left\_kidney \& co' in text and 'e2682, thickness 3}' in text
     assert r'Coarse to fine, stopped at 0.99 & 2 & 52.37 $\pm$ 3.01 & 49.37 to 55.38 & 49.37 & 55.38 \\' in text
 
 

@@ -16,6 +16,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import REPO
 
 STAGES = [
@@ -623,18 +624,21 @@ def test_a_start_that_would_not_be_used_is_refused(tmp_path):
 
 def test_training_starts_from_what_PRETRAINED_was_converted_to(tmp_path):
     folder = tmp_path / 'models/pretrained'
-    for path in (folder / 'fcn8s_from_caffe.pth', tmp_path / 'images/a.npy', tmp_path / 'my.pth'):
+    for path in (folder / 'fcn8s_from_caffe.pth', tmp_path / 'images/a.npy'):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+    torch.save({'conv1_1.weight': torch.zeros(1)}, tmp_path / 'my.pth')
+    torch.save({'features.0.weight': torch.zeros(1)}, tmp_path / 'my vgg.pth')
     lazy = {'DRY_RUN': 1, 'DATA_PATH': tmp_path, 'LAZY_MODE': 1}
     for name in ('vgg16', tmp_path / 'my.pth'):
         said = run_sh(**lazy, PRETRAINED=name).stdout
         start = 'vgg16' if name == 'vgg16' else 'caffe'
         assert f'--convert {name}' in said and f'--pretrained {folder}/fcn8s_from_{start}.pth' in said
     (folder / 'fcn8s_from_vgg16.pth').touch()
-    os.utime(folder / 'fcn8s_from_caffe.pth', (0, 0))
-    assert '--convert' not in run_sh(**lazy, PRETRAINED='vgg16').stdout
-    assert f'--pretrained {folder}/fcn8s_from_vgg16.pth' in run_sh(**lazy, PRETRAINED=tmp_path / 'my.pth').stdout
+    for name, start in (('vgg16', 'vgg16'), (tmp_path / 'my vgg.pth', 'vgg16'), (tmp_path / 'my.pth', 'caffe')):
+        said = run_sh(**lazy, PRETRAINED=name).stdout
+        assert ('--convert' in said) == (name != 'vgg16'), 'a file is converted anew: what is there may be of another'
+        assert f'--pretrained {folder}/fcn8s_from_{start}.pth' in said
     assert '--pretrained' not in run_sh(**lazy).stdout
 
 

@@ -142,6 +142,14 @@ def test_converting_something_else_is_one_line(data, call):
     assert [path for path in (data / 'models').rglob('*') if path.is_file()] == []
 
 
+def test_weights_are_not_folded_in_place(data, call):
+    path = data / 'models/pretrained/fcn8s_from_caffe.pth'
+    path.parent.mkdir(parents=True)
+    torch.save({}, path)
+    done = call('pretrain.py', *pretrain_args(data), '--convert', path, '--fold_normalization')
+    assert done.code == 1 and f'{path}: would be replaced' in done.err and torch.load(path) == {}
+
+
 # --- where training starts from ------------------------------------------------------------------------------------
 
 

@@ -13,9 +13,9 @@ def write_csv(path, runs):
     """Write a row for each result of each run, over all folds, then by fold; DSC from 0 to 1."""
     with open(path, 'w', newline='', encoding='utf-8') as file:
         table = csv.writer(file)
-        table.writerow(['organ', 'name', 'settings', 'result', 'fold', *FIGURES, 'missed'])
+        table.writerow(['organ', 'name', 'settings', 'thickness', 'epoch', 'result', 'fold', *FIGURES, 'missed'])
         for run in runs:
-            start = [run['organ'], run['organ_name'], run['settings']]
+            start = [run[key] for key in ('organ', 'organ_name', 'settings', 'thickness', 'epoch')]
             for row in run['rows']:
                 table.writerow([*start, row['key'], 'all', *values(row['all']), len(row['missed'])])
                 for fold, spread in row['folds'].items():
@@ -34,7 +34,8 @@ def write_latex(path, runs):
         r'Result & Cases & Mean $\pm$ std (\%) & 95\,\% interval & Min & Max \\',
     ]
     for run in runs:
-        lines += [r'\hline', rf'\multicolumn{{6}}{{l}}{{{escaped(run["organ_title"])}, {escaped(run["settings"])}}} \\']
+        title = ', '.join(filter(None, (run['organ_title'], run['settings'], run['epoch'])))
+        lines += [r'\hline', rf'\multicolumn{{6}}{{l}}{{{escaped(title)}, thickness {run["thickness"]}}} \\']
         for row in run['main']:
             mean, std, least, most, low, high = (
                 '--' if math.isnan(value) else f'{value * 100:.2f}' for value in row['all'][2:8]

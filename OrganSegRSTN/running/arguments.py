@@ -93,7 +93,10 @@ ARGUMENTS = {
     'epoch_J': (whole(0), 'epochs in mode J (joint)'),
     'lr_decay_epoch': (whole(1), 'epochs in mode J after which the rates halve'),
     'epoch_step': (whole(1), 'lr_decay_epoch of the training'),
-    'threshold': (number(0, 1), 'probability from which a voxel is organ'),
+    'threshold': (
+        number(0, 1),
+        'probability from which a voxel is organ for a single plane; no other mask depends on it',
+    ),
     'coarse_threshold': (number(0, 1), "part of the result folder's name"),
     'fine_threshold': (number(0, 1), 'probability from which a voxel is organ'),
     'max_rounds': (whole(0), 'fine rounds after the coarse round 0'),

@@ -282,7 +282,7 @@ def read_training(path, plane, force):
     """Return the Training of a snapshot for a plane, from what it holds and from its name."""
     weights = load_weights(path)
     facts, name = description(weights), SNAPSHOT.fullmatch(path.name)
-    own_plane = facts.get('plane') or (name and name['plane'])
+    organ_ID, own_plane = whose(path, facts)
     if own_plane not in (None, plane) and not force:
         raise ValueError(f'{path}: a snapshot of plane {own_plane} given for plane {plane} (or give --force)')
     if name and name['mode'] != 'J':
@@ -291,20 +291,15 @@ def read_training(path, plane, force):
         sizes = len(weights['coarse_model.conv1_1.weight']), len(weights['saliency1.weight'])
     except KeyError as error:
         raise ValueError(f'{path}: not an RSTN snapshot, {error} is missing') from None
-    organ_ID = facts.get('organ_ID', int(name['organ']) if name else None)
     orientation = facts.get('orientation', '') if facts else None
     return Training(*sizes, organ_ID, facts.get('crop_margin'), facts.get('intensity_window'), orientation,
                     facts.get('spacing'), facts.get('place'), facts.get('recipe'))  # fmt: skip
 
 
-def whose(path):
-    """Return (organ_ID, plane) of a snapshot, by what it holds, else by its name."""
-    facts, name = description(load_weights(path)), SNAPSHOT.fullmatch(path.name)
-    organ_ID = facts.get('organ_ID', int(name['organ']) if name else None)
-    plane = facts.get('plane', name and name['plane'])
-    if organ_ID is None or plane is None:
-        raise ValueError(f'{path}: neither it nor its name says its organ and plane; name it as FD0:XJ3_1.pkl')
-    return organ_ID, plane
+def whose(path, facts):
+    """Return (organ_ID, plane) of a snapshot that holds these facts, else by its name; None is unknown."""
+    name = SNAPSHOT.fullmatch(path.name)
+    return facts.get('organ_ID', int(name['organ']) if name else None), facts.get('plane', name and name['plane'])
 
 
 def organ_snapshots(words):
@@ -315,7 +310,11 @@ def organ_snapshots(words):
     found = {}
     for word in words:
         for paths in folder_snapshots(Path(word)) if Path(word).is_dir() else [split_snapshots(word)]:
-            organ, plane = whose(paths[0])
+            organ, plane = whose(paths[0], description(load_weights(paths[0])))
+            if None in (organ, plane):
+                raise ValueError(
+                    f'{paths[0]}: neither it nor its name says its organ and plane; name it as FD0:XJ3_1.pkl'
+                )
             planes = found.setdefault(organ, {})
             if plane in planes:
                 raise ValueError(
