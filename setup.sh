@@ -9,7 +9,7 @@ another='name a python that has requirements.txt installed: PYTHON=... bash run.
 
 if [[ -n ${PYTHON:-} ]]; then
   command -v "$PYTHON" >/dev/null || fail "PYTHON is '$PYTHON': there is no such command"
-  # the modules of requirements.txt without which some stage fails
+  # the modules of requirements.txt without which a stage fails, whatever its settings
   missing=$("$PYTHON" -c '
 import sys
 sys.exit("too old") if sys.version_info < (3, 10) else None

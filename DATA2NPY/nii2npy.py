@@ -54,8 +54,7 @@ def convert_case(out, case, images, labels, orientation):
     label, how = read_label(out, case, only_one(case, labels), scan, orientation) if labels else (None, '')
     if scan:
         save_scan(out, case, scan, label)
-    if label is not None:
-        save_label(out, case, label)
+    if label is not None and save_label(out, case, label):
         counts = sum(np.bincount(plane.ravel(), minlength=256) for plane in label)
         organs = ', '.join(f'{organ}: {n}' for organ, n in enumerate(counts) if organ and n)
         print(f'{case}: label {" x ".join(map(str, label.shape))}, {how}, voxels of organ {organs or "(none)"}')

@@ -322,8 +322,9 @@ def predict_folder(args, organs):
             sys.stdout.flush()
             rows += table_rows(name, records)
         for file in sorted(output.glob('*.json')):
-            if file.stem not in scans:  # of another folder
-                rows += table_rows(file.stem, read_record(file).get('organs', {}))
+            record = read_record(file)
+            if file.stem not in scans and record and Path(output, record['made_with'].get('mask', '')).is_file():
+                rows += table_rows(file.stem, record['organs'])  # of another folder
         write_table(output / 'scans.csv', rows)
     print(f'written: {output / "scans.csv"}', flush=True)
     if failed:
@@ -391,7 +392,7 @@ def read_record(file):
     """Return the record of a scan; {} where there is none, or it is none of ours."""
     try:
         found = read_json(file)
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found.get('made_with'), dict) and isinstance(found.get('organs'), dict) else {}
 

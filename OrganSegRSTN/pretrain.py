@@ -79,11 +79,10 @@ def write_converted(args):
     """Convert the weights of --convert; return the path that they are saved at."""
     source = fetch_vgg16(pretrained_folder(args)) if args.convert == 'vgg16' else args.convert
     folder = pretrained_folder(args)
-    if args.fold_normalization and Path(source).resolve() in [(folder / name).resolve() for name in NORMALIZATION]:
-        raise ValueError(
-            f'{source}: would be replaced by its folded weights, and folded again next time; move it elsewhere'
-        )
-    name, state = convert(load_weights(source), source, args.fold_normalization)
+    weights = load_weights(source)
+    name, state = convert(weights, source, args.fold_normalization)
+    if state is not weights and Path(source).resolve() == (folder / name).resolve():
+        raise ValueError(f'{source}: would be replaced by what it is converted to; move it to another folder')
     write(folder / name, state)
     return folder / name
 

@@ -360,7 +360,8 @@ class Published:
 class Fast(Published):
     """For a start that pretrain.py made: Adam on Dice and cross-entropy of varied slices; one cosine for all modes.
 
-    In three of seven steps the coarse network learns from any slice as well: most slices are without the organ.
+    In three of seven steps the coarse network learns from any slice as well: most slices are without the organ. In one of
+    four steps of mode J the fine network sees the box of the label, as in mode I: those of later rounds are close to it.
     """
 
     def __init__(self, args, slices, device):
@@ -381,6 +382,8 @@ class Fast(Published):
         set_rates(optimizer, (run.epoch * self.steps_of_epoch + run.position) / self.steps)
         if run.position % 7 in (1, 3, 5):
             coarse_step(model, optimizer, *self.varied_batch(*self.whole[random.randrange(len(self.whole))]))
+        if mode == 'J' and run.position % 4 == 0:
+            mode = 'I'
         return train_step(model, optimizer, mode, *self.varied_batch(image[0], label[0]), DiceEntropyLoss())
 
     def varied_batch(self, image, label):

@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 
-from running import arguments, processes, script  # before packages: it names a missing one
+from running import processes, script  # before packages: it names a missing one
 
 # isort: split
 from torch.nn.parallel import DistributedDataParallel
@@ -23,9 +23,8 @@ import training
 
 
 def main():
-    place = arguments.TRAINING.index('GPU_ID') + 1
-    if 'RANK' not in os.environ and len(sys.argv) > place:
-        count = len(sys.argv[place].split(','))
+    if 'RANK' not in os.environ:
+        count = len(training.parse().GPU_ID.split(','))
         command = shlex.join(['torchrun', '--standalone', '--nproc_per_node', str(count), *sys.argv])
         raise ValueError(f'needs torchrun, which starts its processes; type: {command}')
     training.main(distribute)

@@ -8,7 +8,8 @@ follows. MONAI is installed for this run only, into a temporary folder, without 
 
 The network is the one of MONAI's spleen tutorial at half its patches: channels 16 to 256, two residual units, instance
 norm; patches of 64 x 64 x 64 around organ and anywhere in equal numbers, brightened at random;
-Dice and cross-entropy; AdamW at 1e-3 along a cosine; sliding windows that overlap by half.
+Dice and cross-entropy; AdamW at 1e-3 along a cosine; sliding windows that overlap by half, weighted by a Gaussian.
+Parts below half of the largest are removed, as in coarse to fine: much elsewhere looks like the organ in a patch.
 """
 
 import argparse
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'OrganSegRSTN'))
 
 from running.arguments import number, whole
 from running.data_folder import read_cases
-from utils import DSC_computation, to_unit
+from utils import DSC_computation, post_processing, to_unit
 
 MONAI = 'monai==1.6.1'
 PATCH = 64
@@ -124,9 +125,12 @@ def test(args, net, volumes):
 
     scores = {}
     for name, image, label in volumes:
-        logits = sliding_window_inference(torch.from_numpy(image)[None, None], [PATCH] * 3, BATCH, net, overlap=0.5)
-        scores[name] = DSC_computation(label, (logits[0, 0] > 0).numpy()).value
-        print(f'{name}: DSC = {scores[name]:.4f}', flush=True)
+        windows = {'roi_size': [PATCH] * 3, 'sw_batch_size': BATCH, 'overlap': 0.5, 'mode': 'gaussian'}
+        logits = sliding_window_inference(torch.from_numpy(image)[None, None], predictor=net, **windows)
+        found = (logits[0, 0] > 0).numpy().astype(np.uint8)
+        before = DSC_computation(label, found).value
+        scores[name] = DSC_computation(label, post_processing(found, found, 0.5, None)).value
+        print(f'{name}: DSC = {scores[name]:.4f}, {before:.4f} of all parts', flush=True)
     return scores
 
 

@@ -566,8 +566,9 @@ def test_arrays_of_your_own_are_not_converted_over(folder, tmp_path, call):
         np.save(path, own)
         text = re.sub(rf'.*"{key}".*\n', '', record.read_text())  # as docs/data.md does
         record.write_text(text)
-        assert 'your own' in call(NII2NPY, tmp_path / 'raw', folder).err
-        assert (record.read_text(), np.load(path).tolist()) == (text, own.tolist())
+        done = call(NII2NPY, tmp_path / 'raw', folder)
+        assert done.code == 0 and done.out.count(f'{path} is kept: it is not what the conversion makes') == 1
+        assert np.load(path).tolist() == own.tolist() and key not in record.read_text()
         path.unlink()
         assert call(NII2NPY, tmp_path / 'raw', folder).code == 0
         np.testing.assert_array_equal(np.load(path), made)
@@ -600,7 +601,31 @@ def test_older_data_folders_and_own_arrays_go_on_working(folder, tmp_path, call)
     shutil.rmtree(tmp_path / 'raw/labels')
     write_nifti(tmp_path / 'raw/images/b.nii.gz', random_volume(9))
     done = call(NII2NPY, tmp_path / 'raw', folder)
-    assert done.code == 1 and 'a: labels' not in done.out and 'images/b.npy is not what the conversion' in done.err
+    assert done.code == 0 and 'a: labels' not in done.out and f'{folder}/images/b.npy is kept' in done.out
+
+
+def test_a_label_of_your_own_is_not_left_with_another_image(folder, tmp_path, call):
+    record, raw = folder / 'geometry/a.json', tmp_path / 'raw'
+    record.write_text(re.sub(r'.*"label_crc32".*\n', '', record.read_text()))
+    write_nifti(raw / 'images/a.nii.gz', random_volume(9))
+    np.save(folder / 'labels/a.npy', np.load(folder / 'labels/a.npy')[::-1])
+    before = (folder / 'labels/a.npy').read_bytes(), (folder / 'images/a.npy').read_bytes()
+    for _ in range(2):
+        done = call(NII2NPY, raw, folder)
+        assert done.code == 1 and 'labels/a.npy is your own' in done.err and 'move it away' in done.err
+        assert ((folder / 'labels/a.npy').read_bytes(), (folder / 'images/a.npy').read_bytes()) == before
+        shutil.rmtree(raw / 'labels', ignore_errors=True)  # then the image alone
+
+
+def test_a_label_beside_an_image_of_your_own_can_be_converted_again(folder, tmp_path, call):
+    (folder / 'geometry/a.json').unlink()
+    (folder / 'labels/a.npy').unlink()
+    shutil.rmtree(tmp_path / 'raw/images')
+    label = tmp_path / 'raw/labels/a.nii.gz'
+    for scale in (1, 2):
+        write_nifti(label, (random_volume() > 0).astype(np.uint8) * scale)
+        assert call(NII2NPY, tmp_path / 'raw', folder).code == 0
+        assert np.load(folder / 'labels/a.npy').max() == scale
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

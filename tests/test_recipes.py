@@ -6,12 +6,14 @@ import re
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import BEGIN, FOLDER, coarse2fine_args, pretrain_args, settings, training_args
 from test_parallel import finished, torchrun
 from test_resuming import end, log_lines, start, wait_for
+from torch.utils.data import default_collate
 
 import Data
 import pretrain
@@ -75,6 +77,20 @@ def test_fast_is_adam_on_one_cosine_with_the_fine_layers_at_m1_times_the_rate(da
     assert rates[1][0] == pytest.approx(1e-3, rel=0.01)
     assert rates[2] == pytest.approx([5e-4, 1e-3])
     assert rates[3] == pytest.approx([0, 0])
+
+
+def test_a_quarter_of_the_joint_steps_of_fast_crop_by_the_label(data, monkeypatch):
+    args = settings(data, plane='Z', recipe='fast', joint_from=None, slice_threshold=0.98)
+    slices, taken = Data.load_slices(args, 'Z'), []
+    recipe, optimizer = training.Fast(args, slices, 'cpu'), SimpleNamespace(param_groups=[])
+    monkeypatch.setattr(training, 'train_step', lambda model, optimizer, mode, *_: taken.append(mode))
+    monkeypatch.setattr(training, 'coarse_step', lambda *_: None)
+    for mode in 'SIJ':
+        for position in range(8):
+            recipe.step(
+                SimpleNamespace(epoch=0, position=position), None, optimizer, mode, *default_collate([slices[0]])
+            )
+    assert ''.join(taken) == 'SSSSSSSS' + 'IIIIIIII' + 'IJJJIJJJ'
 
 
 def test_slices_without_the_organ_have_a_gradient():

@@ -142,12 +142,16 @@ def test_converting_something_else_is_one_line(data, call):
     assert [path for path in (data / 'models').rglob('*') if path.is_file()] == []
 
 
-def test_weights_are_not_folded_in_place(data, call):
+def test_weights_are_not_converted_in_place(data, monkeypatch):
     path = data / 'models/pretrained/fcn8s_from_caffe.pth'
     path.parent.mkdir(parents=True)
     torch.save({}, path)
-    done = call('pretrain.py', *pretrain_args(data), '--convert', path, '--fold_normalization')
-    assert done.code == 1 and f'{path}: would be replaced' in done.err and torch.load(path) == {}
+    args = SimpleNamespace(data_path=str(data), convert=str(path), fold_normalization=True)
+    monkeypatch.setattr(pretrain, 'convert', lambda weights, *_: (path.name, weights | {'folded': torch.ones(1)}))
+    with pytest.raises(ValueError, match='would be replaced by what it is converted to'):
+        pretrain.write_converted(args)
+    monkeypatch.setattr(pretrain, 'convert', lambda weights, *_: (path.name, weights))
+    assert pretrain.write_converted(args) == path and torch.load(path) == {}
 
 
 # --- where training starts from ------------------------------------------------------------------------------------

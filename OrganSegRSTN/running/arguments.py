@@ -95,7 +95,7 @@ ARGUMENTS = {
     'epoch_step': (whole(1), 'lr_decay_epoch of the training'),
     'threshold': (
         number(0, 1),
-        'probability from which a voxel is organ for a single plane; no other mask depends on it',
+        'probability from which a voxel is organ in the masks of single planes; F1 to F3P do not depend on it',
     ),
     'coarse_threshold': (number(0, 1), "part of the result folder's name"),
     'fine_threshold': (number(0, 1), 'probability from which a voxel is organ'),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from running.data_folder import print_once
 from running.files import LEFTOVERS, atomic_write, locked, open_file, quoted, read_json, write_json
 from utils import organ_rule
 
@@ -132,7 +133,7 @@ def check_folder(folder, settings, cure='--overwrite (OVERWRITE=1 in run.sh)'):
     try:
         former = _read_run(folder / 'run.json')
         if volumes and not former:
-            print(f'{folder}: uses {len(volumes)} volumes of unknown settings (there is no run.json)')
+            print_once(f'{folder}: uses {len(volumes)} volumes of unknown settings (there is no run.json)')
         differing = [f'{name} was {shown(former[name])}, is {shown(value)}' for name, value in settings.items()
                      if None not in (value, former.get(name)) and former[name] != value]  # fmt: skip
     except ValueError as error:

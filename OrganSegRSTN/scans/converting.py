@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from running.data_folder import name_fault
+from running.data_folder import name_fault, print_once
 from running.files import LEFTOVERS, atomic_write, load_array, locked, write_array, write_json
 from scans.geometry import (
     Geometry,
@@ -58,23 +58,21 @@ def save_scan(data_path, case, scan, label=None):
     """Write geometry/CASE.json and images/CASE.npy; print a line.
 
     label: what save_label writes next. Without it, print a line if the stored label was made for another image.
-    ValueError: a stored array is not the converter's own, see refuse_own.
+    An image of the user's is kept, see `keeps`. ValueError: the label is the user's, and of another image.
     """
-    refuse_own(data_path, case, 'image', scan.image)
-    if label is not None:
-        refuse_own(data_path, case, 'label', label)
-    geometry = scan.geometry or Geometry(np.eye(4), 'nothing', str(image_file(data_path, case)), 'unknown')
+    if keeps(data_path, case, 'image', scan.image):
+        return
+    geometry = scan.geometry or unknown_geometry(data_path, case)
     partners = {'image_crc32': crc32(scan.image)}
     former, here = recorded(data_path, case), os.path.abspath(geometry.source)
     if former.get('source', here) != here and former.get('image_crc32') != partners['image_crc32'] and scan.geometry:
         print(f'{case}: replaces the scan of {former["source"]}')
-    if label is not None:
+    if label is not None and not keeps(data_path, case, 'label', label):
         partners['label_crc32'] = crc32(label)
     elif label_file(data_path, case).exists():
         partners |= _partner_label(data_path, case, geometry, partners['image_crc32'])
-    save_geometry(
-        geometry_file(data_path, case), geometry, **partners, shape=scan.image.shape
-    )  # a user may delete others
+    # the shape last: without the line of a checksum, it is still JSON
+    save_geometry(geometry_file(data_path, case), geometry, **partners, shape=scan.image.shape)
     save_array(image_file(data_path, case), scan.image)
     spacing = ' x '.join(f'{s:.3g}' for s in geometry.spacing) + ' mm' if known(geometry) else 'unknown spacing'
     size = ' x '.join(map(str, scan.image.shape))
@@ -82,48 +80,60 @@ def save_scan(data_path, case, scan, label=None):
 
 
 def save_label(data_path, case, label):
-    """Write labels/CASE.npy and its checksum into geometry/CASE.json, if its image has one.
-
-    ValueError: the stored label is not the converter's own, see refuse_own.
-    """
-    refuse_own(data_path, case, 'label', label)
+    """Write labels/CASE.npy and its checksum into geometry/CASE.json; return False if it is the user's, see `keeps`."""
+    if keeps(data_path, case, 'label', label):
+        return False
     save_array(label_file(data_path, case), label)
     path = geometry_file(data_path, case)
     if content := read_record(path):
         content.pop('label_crc32', None)
         write_json(path, {'label_crc32': crc32(label)} | content)
+    else:
+        save_geometry(path, unknown_geometry(data_path, case), label_crc32=crc32(label))
+    return True
 
 
-def refuse_own(data_path, case, kind, array):
-    """Raise ValueError where another array than this one would be lost of which geometry/CASE.json holds no checksum.
+def keeps(data_path, case, kind, array):
+    """Return whether the stored image or label (`kind`) is the user's and another than this one; print a line if so.
 
-    kind: image or label. The user made it, or changed it and removed the checksum.
+    It is the user's where geometry/CASE.json holds no checksum of it: made by hand, or changed and said to be right.
     """
-    path, differs = Path(data_path, f'{kind}s', f'{case}.npy'), False
-    if path.exists() and f'{kind}_crc32' not in recorded(data_path, case):
-        with contextlib.suppress(ValueError):  # nothing is lost with what is broken
-            differs = crc32(load_array(path)) != crc32(array)
-    if differs:
-        raise ValueError(
-            f'{path} is not what the conversion makes, and geometry/{case}.json holds no {kind}_crc32, so it is your '
-            'own: move it away to have it made again'
-        )
+    path = Path(data_path, f'{kind}s', f'{case}.npy')
+    if not path.exists() or f'{kind}_crc32' in recorded(data_path, case):
+        return False
+    with contextlib.suppress(ValueError):  # nothing is lost with what is broken
+        if crc32(load_array(path)) != crc32(array):
+            print_once(
+                f'{path} is kept: it is not what the conversion makes, and geometry/{case}.json holds no {kind}_crc32, '
+                'so it is your own; to have it made again, move it away'
+            )
+            return True
+    return False
 
 
 def _partner_label(data_path, case, geometry, image_crc32):
-    """Return the record of the label beside a new image: null, with a line, if of another image."""
-    record = geometry_file(data_path, case)
-    with contextlib.suppress(ValueError):  # nothing is known of what is broken
-        content, former = read_record(record), load_geometry(record)
-        alike = former is None or (former.holds == geometry.holds and np.allclose(former.affine, geometry.affine))
-        if (
-            alike
-            and content.get('image_crc32', image_crc32) == image_crc32
-            and content.get('label_crc32', 0) is not None
-        ):
-            return {key: content[key] for key in ('label_crc32',) if key in content}
+    """Return the record of the label beside a new image: null, with a line, if of another image.
+
+    ValueError: it is of another image, and the user's.
+    """
+    content, former = recorded(data_path, case), None
+    with contextlib.suppress(ValueError):
+        former = load_geometry(geometry_file(data_path, case))
+    alike = former is None or (former.holds == geometry.holds and np.allclose(former.affine, geometry.affine))
+    if alike and content.get('image_crc32', image_crc32) == image_crc32 and content.get('label_crc32', 0) is not None:
+        return {key: content[key] for key in ('label_crc32',) if key in content}
+    if 'label_crc32' not in content:
+        raise ValueError(
+            f'labels/{case}.npy is your own, since geometry/{case}.json holds no label_crc32, and was made for another '
+            f'images/{case}.npy: move it away'
+        )
     print(f'{case}: labels/{case}.npy was made for another images/{case}.npy: convert it again')
     return {'label_crc32': None}
+
+
+def unknown_geometry(data_path, case):
+    """Return the geometry of an image of which nothing is known."""
+    return Geometry(np.eye(4), 'nothing', str(image_file(data_path, case)), 'unknown')
 
 
 def recorded(data_path, case):

@@ -80,11 +80,6 @@ class PlaneTester:
             self.net = load_RSTN(path, self.TEST, thickness, margin, device, precision, self.facts)
         return self.net
 
-    def check(self):
-        """Load each snapshot; raise where one is missing or its training does not agree."""
-        for path in self.paths:
-            self.load(path)
-
     def release(self):
         """Free the network's memory."""
         self.net = None
@@ -185,7 +180,9 @@ def evaluate_plane(args, stage, TEST):
     with first_alone(folder):
         if processes.rank() == 0:
             settings = run_settings(args, cases, [snapshot], labels=TEST == 'O')
-            prepare_folder(folder, settings, provenance, args.overwrite and tester.check)
+            prepare_folder(
+                folder, settings, provenance, args.overwrite and (lambda: require_inputs(args, [tester], cases))
+            )
         if not share_out(cases, volume_and_label):
             return
         scores = []
@@ -245,6 +242,16 @@ def require_snapshots(testers, volumes):
         for path in tester.paths:
             if not path.exists() and not all(volume.exists() for volume in volumes):
                 raise missing_weights(path)
+
+
+def require_inputs(args, testers, cases):
+    """Raise what testing would where a snapshot is missing or does not fit, or a scan or label cannot be read."""
+    for tester in testers:
+        for path in tester.paths:
+            tester.load(path)
+        tester.release()
+    for case in cases:
+        case.image(args.data_path), case.label(args.data_path, args.organ_ID)
 
 
 @contextlib.contextmanager
