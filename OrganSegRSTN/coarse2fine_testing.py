@@ -91,7 +91,8 @@ def prepare_folders(args, tested, snapshots, weights, folder, coarse_folders, fi
         check_folder(path, settings, 'coarse_testing.py --overwrite')
     stop_DSC = 'none' if args.stop_DSC is None else args.stop_DSC
     settings = run_settings(args, tested, snapshots) | {'stop_DSC': stop_DSC} | weights_settings(weights)
-    prepare_folder(folder, settings, provenance, args.overwrite and (lambda: require_inputs(args, fine, tested)))
+    replace = args.overwrite and (lambda: require_inputs(args, fine, tested))
+    prepare_folder(folder, settings, provenance, replace)
     for path, settings in coarse.items():
         if len(list(path.glob(f'volumes/{epoch_name(args)}_*.npz'))) < len(tested):
             prepare_folder(path, settings, provenance)

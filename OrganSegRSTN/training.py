@@ -360,8 +360,8 @@ class Published:
 class Fast(Published):
     """For a start that pretrain.py made: Adam on Dice and cross-entropy of varied slices; one cosine for all modes.
 
-    In three of seven steps the coarse network learns from any slice as well: most slices are without the organ. In one of
-    four steps of mode J the fine network sees the box of the label, as in mode I: those of later rounds are close to it.
+    In three of seven steps the coarse network learns from any slice as well: most slices are without the organ.
+    In one of four steps of mode J the fine network sees the box of the label, as in mode I, so as not to forget it.
     """
 
     def __init__(self, args, slices, device):

@@ -164,16 +164,12 @@ def test_more_processes_than_slices_are_refused(pretrained):
 def test_without_torchrun_it_says_what_to_type(pretrained, call):
     args = training_args(pretrained, epochs=(1, 0, 0, 1))
     args[9] = 'cpu,cpu'
-    done = call('training_parallel.py', *args)
-    assert done.code == 1
-    typed = shlex.split(done.err.partition('type: ')[2])
-    assert typed == [
-        'torchrun',
-        '--standalone',
-        '--nproc_per_node',
-        '2',
-        *map(str, [CODE / 'training_parallel.py', *args]),
-    ]
+    for given in (args, ['--resume', *args]):
+        done = call('training_parallel.py', *given)
+        assert done.code == 1
+        typed = shlex.split(done.err.partition('type: ')[2])
+        script = [CODE / 'training_parallel.py', *given]
+        assert typed == ['torchrun', '--standalone', '--nproc_per_node', '2', *map(str, script)]
 
 
 # --- devices and precisions (no CUDA here: its answers are given) ----------------------------------------------------

@@ -85,11 +85,10 @@ def test_a_quarter_of_the_joint_steps_of_fast_crop_by_the_label(data, monkeypatc
     recipe, optimizer = training.Fast(args, slices, 'cpu'), SimpleNamespace(param_groups=[])
     monkeypatch.setattr(training, 'train_step', lambda model, optimizer, mode, *_: taken.append(mode))
     monkeypatch.setattr(training, 'coarse_step', lambda *_: None)
+    image, label = default_collate([slices[0]])
     for mode in 'SIJ':
         for position in range(8):
-            recipe.step(
-                SimpleNamespace(epoch=0, position=position), None, optimizer, mode, *default_collate([slices[0]])
-            )
+            recipe.step(SimpleNamespace(epoch=0, position=position), None, optimizer, mode, image, label)
     assert ''.join(taken) == 'SSSSSSSS' + 'IIIIIIII' + 'IJJJIJJJ'
 
 

@@ -624,16 +624,19 @@ def test_overwrite_removes_nothing_that_cannot_be_made_again(tested, call):
     assert times(tested) == kept and 'results.txt' in {path.name for path in (tested / FINE).iterdir()}
 
 
-@pytest.mark.parametrize('script', ['coarse_testing.py', 'coarse2fine_testing.py'])
-def test_overwrite_removes_nothing_where_a_scan_is_damaged(tested, call, script):
+def test_overwrite_removes_nothing_where_a_scan_is_damaged_or_missing(tested, call):
     args, rounds = training_args(tested), coarse2fine_args(tested)
     succeeded(call('coarse_testing.py', *args))
     succeeded(call('coarse2fine_testing.py', *rounds))
     kept = times(tested)
     image = tested / read_cases(tested, 'testing', 0)[-1].image_file
     image.write_bytes(image.read_bytes()[:-10])
-    done = call(script, *(args if script == 'coarse_testing.py' else rounds), '--overwrite')
-    assert (done.code, times(tested)) == (1, kept) and image.name in done.err
+    damaged = call('coarse_testing.py', *args, '--overwrite')
+    image.unlink()
+    missing = call('coarse2fine_testing.py', *rounds, '--stop_DSC', 0.5, '--overwrite')
+    for done in (damaged, missing):
+        assert done.code == 1 and image.name in done.err
+    assert times(tested) == kept
 
 
 def test_a_probe_that_fails_leaves_the_signals(tested, call):
@@ -665,9 +668,8 @@ def test_a_published_folder_of_volumes_without_run_json_is_taken_as_it_is(tested
     ):
         (folder / 'run.json').unlink(missing_ok=True)
         print_once.cache_clear()
-        assert (
-            succeeded(call(script, *args)).out.count(f'{folder}: uses {len(before)} volumes of unknown settings') == 1
-        )
+        said = succeeded(call(script, *args)).out
+        assert said.count(f'{folder}: uses {len(before)} volumes of unknown settings') == 1
     assert times(folder) == before
 
 

@@ -103,7 +103,8 @@ def prepare_folder(folder, settings, provenance, replace=None):
 
     settings: {name: value}, flat; None is unknown and agrees with any value. Volumes without a
     run.json (the published pipeline's) are kept, with a line. replace: remove volumes of other
-    settings, and their figures, instead of raising; called first, to raise what their making would.
+    settings, and their figures, instead of raising; it is called first, to raise where they
+    could not be made again.
     """
     path, volumes = folder / 'run.json', stored_volumes(folder)
     settings = {name: value for name, value in settings.items() if value is not None}

@@ -180,9 +180,8 @@ def evaluate_plane(args, stage, TEST):
     with first_alone(folder):
         if processes.rank() == 0:
             settings = run_settings(args, cases, [snapshot], labels=TEST == 'O')
-            prepare_folder(
-                folder, settings, provenance, args.overwrite and (lambda: require_inputs(args, [tester], cases))
-            )
+            replace = args.overwrite and (lambda: require_inputs(args, [tester], cases))
+            prepare_folder(folder, settings, provenance, replace)
         if not share_out(cases, volume_and_label):
             return
         scores = []
@@ -251,7 +250,8 @@ def require_inputs(args, testers, cases):
             tester.load(path)
         tester.release()
     for case in cases:
-        case.image(args.data_path), case.label(args.data_path, args.organ_ID)
+        case.image(args.data_path)
+        case.label(args.data_path, args.organ_ID)
 
 
 @contextlib.contextmanager
