@@ -86,7 +86,7 @@ misspelled() {  # warn of names in the environment that look like settings and a
 
 check_settings() {
   misspelled
-  local gpu='(cpu|[0-9]+)(,(cpu|[0-9]+))*'
+  local gpu='(cpu|[0-9]+)(,(cpu|[0-9]+))*' stamp='[^/[:cntrl:]]{15}|_' stamped='20261123_000000, with 15 characters, or _ for none'
   matching '[01]' '0 or 1' LAZY_MODE DRY_RUN WRITE_NIFTI OVERWRITE \
     ENABLE_{DICOM2NPY,NII2NPY,INITIALIZATION,CHECK_DATA,PRETRAINING,TRAINING} \
     ENABLE_{COARSE_TESTING,COARSE_FUSION,ORACLE_TESTING,ORACLE_FUSION,COARSE2FINE_TESTING,REPORT}
@@ -124,7 +124,7 @@ check_settings() {
   [[ -z $TRAINING_PRETRAINED || -f $TRAINING_PRETRAINED ]] || refuse "TRAINING_PRETRAINED is '$TRAINING_PRETRAINED': no such file"
   whole 1 - AVERAGE
   [[ -z $SNAPSHOT_STEPS ]] || whole 1 - SNAPSHOT_STEPS
-  [[ -z $JOINT_FROM ]] || matching '[^/[:cntrl:]]+' 'a timestamp, or _ for none' JOINT_FROM
+  [[ -z $JOINT_FROM ]] || matching "$stamp" "$stamped" JOINT_FROM
   matching '[0-9]{0,19}' 'a whole number' SEED
   matching 'auto|affine|published' 'auto, affine or published' LABEL_ORIENTATION
   number - - LOW_RANGE HIGH_RANGE
@@ -137,7 +137,7 @@ check_settings() {
   whole 0 - TRAINING_MARGIN TRAINING_EPOCH_{S,I,J} MAX_ROUNDS
   number 0 1 TRAINING_PROB {COARSE,ORACLE,FINE}_FUSION_THRESHOLD
   [[ -z $STOP_DSC ]] || number 0 1 STOP_DSC
-  matching '[^/[:cntrl:]]+' "a timestamp, or _ for none" TRAINING_TIMESTAMP \
+  matching "$stamp" "$stamped" TRAINING_TIMESTAMP \
     {COARSE,ORACLE}_TIMESTAMP1 {COARSE,ORACLE,COARSE2FINE}_TIMESTAMP1_{X,Y,Z}
   [[ -z $REPORT_REFERENCE || -f $REPORT_REFERENCE ]] || refuse "REPORT_REFERENCE is '$REPORT_REFERENCE': no such file"
   epochs_elsewhere

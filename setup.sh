@@ -25,8 +25,8 @@ else
     [[ -w $HERE && ( ! -e $HERE/.venv || -w $HERE/.venv ) ]] ||
       fail "$HERE cannot be written to, so .venv cannot be made there; $another"
     echo "#### set-up: $HERE/.venv (once; some minutes)"
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
-      fail "python3 is not 3.10 or newer; $another"
+    python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null ||
+      fail "python3 is not 3.10 to 3.13, for which requirements.txt has packages; $another"
     python3 -m venv "$HERE/.venv" ||
       fail 'python3 -m venv failed (Debian, Ubuntu: apt-get install python3-venv)'
     (cd "$HERE" && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt) ||

@@ -16,6 +16,7 @@ from model import RSTN  # noqa: E402
 
 SHAPES = [(40, 48, 24), (36, 44, 20), (40, 40, 22), (44, 36, 24)]
 TIMESTAMP = '20261123_000000'
+SNAPSHOTS = 'models/snapshots/SIJ_training_1e-5x10,20'
 
 
 def write_volumes(data):
@@ -33,15 +34,16 @@ def weights():
     return {key: torch.from_numpy(array) for key, array in recipe.weights(shapes, 7).items()}
 
 
-def write_snapshots(data, legacy=''):
-    """Write the weights under the names of the three planes' J snapshots; `legacy`: planes in PyTorch 0.4's file format."""
-    folder = data / 'models' / 'snapshots' / 'SIJ_training_1e-5x10,20'
-    folder.mkdir(parents=True, exist_ok=True)
-    state, written = weights(), {}
-    for plane in 'XYZ':
-        path, old = folder / f'FD0:{plane}J3_1_{TIMESTAMP}.pkl', plane in legacy
-        if old in written:
-            path.hardlink_to(written[old])
-        else:
-            torch.save(state, path, _use_new_zipfile_serialization=not old)
-            written[old] = path
+def write_snapshots(data, legacy=False):
+    """Write the weights, once, under the names of the three planes' J snapshots; `legacy`: in PyTorch 0.4's format."""
+    first, *others = (data / SNAPSHOTS / f'FD0:{plane}J3_1_{TIMESTAMP}.pkl' for plane in 'XYZ')
+    first.parent.mkdir(parents=True)
+    torch.save(weights(), first, _use_new_zipfile_serialization=not legacy)
+    for path in others:
+        path.hardlink_to(first)
+
+
+def remove_snapshots(data):
+    """Remove them: a gigabyte."""
+    for path in (data / SNAPSHOTS).iterdir():
+        path.unlink()

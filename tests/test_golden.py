@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import zipfile
 
 import golden_case
 import numpy as np
 import pytest
 import torch
 from conftest import run_script
-from golden_case import GOLDEN, TIMESTAMP, write_snapshots, write_volumes
+from golden_case import GOLDEN, TIMESTAMP, remove_snapshots, write_snapshots, write_volumes
 
 from model import RSTN
 from training import make_optimizer, train_step
@@ -35,16 +34,10 @@ def stage(script, *args):
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """The data folder after all stages, each a process; plane Y's snapshot is in the legacy format."""
+    """The data folder after all stages, each a process; the snapshots are in the published code's file format."""
     data = tmp_path_factory.mktemp('golden') / 'data'
     write_volumes(data)
-    write_snapshots(data, legacy='Y')
-    snapshots = data / 'models/snapshots/SIJ_training_1e-5x10,20'
-    assert [zipfile.is_zipfile(snapshots / f'FD0:{plane}J3_1_{TIMESTAMP}.pkl') for plane in 'XYZ'] == [
-        True,
-        False,
-        True,
-    ]
+    write_snapshots(data, legacy=True)
 
     stage('init.py', data, 1, 2, -100, 240)
     for kind in ('coarse', 'oracle'):
@@ -53,8 +46,7 @@ def data(tmp_path_factory):
         stage(f'{kind}_fusion.py', data, *BEGIN, 0, *RATES, *EPOCHS, 0.5, *TIMES)
     stage('coarse2fine_testing.py', data, *BEGIN, 0, *RATES, *EPOCHS, 0.5, 0.5, 3, *TIMES)
     yield data
-    for snapshot in snapshots.iterdir():  # a gigabyte each
-        snapshot.unlink()
+    remove_snapshots(data)
 
 
 @pytest.mark.parametrize('name', sorted(path.name for path in (GOLDEN / 'lists').iterdir()))
@@ -110,8 +102,7 @@ def bf16(tmp_path_factory):
     stage('coarse2fine_testing.py', data, *BEGIN, 0, *RATES, *EPOCHS, 0.5, 0.5, 3, *TIMES, '--precision', 'bf16')
     stage('coarse_fusion.py', data, *BEGIN, 0, *RATES, *EPOCHS, 0.5, *TIMES)
     yield data
-    for snapshot in (data / 'models/snapshots/SIJ_training_1e-5x10,20').iterdir():
-        snapshot.unlink()
+    remove_snapshots(data)
 
 
 @pytest.mark.long

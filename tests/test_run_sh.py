@@ -270,7 +270,7 @@ WRONG = {
     'LEARNING_RATE_M1': ['x10', '0'], 'TRAINING_MARGIN': ['-1', '20px', '1e1'], 'TRAINING_PROB': ['1.5', '50%'],
     'TRAINING_SAMPLE_BATCH': ['0'], 'TRAINING_EPOCH_S': ['-1', 'two'], 'TRAINING_EPOCH_J': ['0.5'], 'LR_DECAY_EPOCH_J_STEP': ['0'],
     'FINE_ITERATIONS': ['0'], 'COARSE_FUSION_THRESHOLD': ['1.1', '-0.1'], 'MAX_ROUNDS': ['-1', '10 '], 'STOP_DSC': ['99'],
-    'TRAINING_TIMESTAMP': ['a/b'], 'COARSE2FINE_TIMESTAMP1_Y': ['../x'], 'ENABLE_TRAINING': ['yes'], 'OVERWRITE': ['2'],
+    'TRAINING_TIMESTAMP': ['a/b', 'run1'], 'COARSE2FINE_TIMESTAMP1_Y': ['../x', '20261123_00000'], 'JOINT_FROM': ['1'], 'ENABLE_TRAINING': ['yes'], 'OVERWRITE': ['2'],
     'DRY_RUN': ['no'], 'REPORT_REFERENCE': ['/no/such/file'], 'DATA_PATH': [__file__],
 }  # fmt: skip
 
