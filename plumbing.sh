@@ -167,8 +167,13 @@ from_outside() {  # does models/pretrained hold weights from outside to start fr
 }
 made_with() {  # made_with SETTINGS RECORD: refuse to start from an FCN-8s of pretrain.py that was made with others
   local made=${2%.txt}.pth
-  [[ -n $TRAINING_PRETRAINED$JOINT_FROM ]] || from_outside ||
-    [[ ! -e $made || ! -e $2 || $2 -ot $made || $(<"$2") == "$1" ]] ||
+  [[ -z $TRAINING_PRETRAINED$JOINT_FROM ]] || return 0
+  if from_outside; then
+    [[ $DEMO == 1 || $PRETRAINING_WIDTH == 64 ]] || refuse "PRETRAINING_WIDTH is $PRETRAINING_WIDTH, but training would start from the" \
+      "converted weights in models/pretrained, of width 64; move them away"
+    return
+  fi
+  [[ ! -e $made || ! -e $2 || $2 -ot $made || $(<"$2") == "$1" ]] ||
     refuse "$made was made with $(<"$2"), not $1; ENABLE_PRETRAINING=1 makes a new start"
 }
 
@@ -326,10 +331,10 @@ convert() {  # convert SCRIPT RAW_PATH DATA_PATH OPTION ...: in lazy mode only i
   else
     mkdir -p "$DATA_PATH"
     rm -f "$record"
-    echo "$command" >"$record.part"  # as old as the start: what changes during the conversion counts as changed
+    echo "$command" >"$record.$$.part"  # as old as the start: what changes during the conversion counts as changed
     script "$@" || status=$?
-    [[ $status != 0 ]] || mv "$record.part" "$record"
-    rm -f "$record.part"
+    [[ $status != 0 ]] || mv "$record.$$.part" "$record"
+    rm -f "$record.$$.part"
     return $status
   fi
 }

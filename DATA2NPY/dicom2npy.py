@@ -21,7 +21,7 @@ try:
     from running.arguments import Parser
     from running.script import run
     from scans.converting import case_name, convert_all, existing_folder, only_one, save_scan, speaker
-    from scans.dicom import read_series, series_folders, split_scans
+    from scans.dicom import read_series, refuse_part, series_folders, split_scans
 except ModuleNotFoundError as error:
     sys.exit(f'dicom2npy.py: error: {error}; install requirements.txt, and run this script where the repository has it: '
              'python REPOSITORY/DATA2NPY/dicom2npy.py RAW OUT')  # fmt: skip
@@ -69,9 +69,7 @@ def main():
         if not folders:
             raise FileNotFoundError(f'no DICOM series found for it in {raw}')
         folder = only_one(case, folders)
-        if folder in parts:
-            raise ValueError(f'{folder} and {parts[folder]} look like parts of one scan; put its slices into one folder, '
-                             'or convert each folder by itself')  # fmt: skip
+        refuse_part(folder, parts)
         save_scan(out, case, read_series(folder, speaker(case), args.resample, args.acquisition))
 
     return convert_all(out, cases, convert)

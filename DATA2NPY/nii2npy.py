@@ -70,6 +70,8 @@ def read_label(out, case, path, scan, orientation):
         shape, ours = image.shape, load_geometry(geometry_file(out, case), image.shape, image)
     if orientation == 'auto' and path.absolute().parent.name.startswith('TCIA_pancreas_labels'):
         orientation = 'published'
+    if orientation != 'published' and not scan and ours is None and geometry_file(out, case).exists():
+        raise ValueError(f'{path}: not laid onto images/{case}.npy, which has changed since its conversion (see above)')
     label, how = place_label(volume.label(), volume.geometry, shape, ours, orientation)
     return np.ascontiguousarray(label), how
 

@@ -21,7 +21,7 @@ from running.data_folder import (
     rule_changed_since_init,
     slice_list,
 )
-from running.files import load_array
+from running.files import array_shape, load_array
 from running.processes import send
 from running.results import Checksums, revision
 from running.weights import seen_cases
@@ -220,7 +220,7 @@ def place_fact(args, cases):
     for number, slices in boxes.items():
         a, b0, b1, c0, c1 = np.transpose(slices)
         box = [a.min(), a.max() + 1, b0.min(), b1.max() + 1, c0.min(), c1.max() + 1]
-        shape = np.load(Path(args.data_path, by_number[number].image_file), mmap_mode='r').shape
+        shape = array_shape(Path(args.data_path, by_number[number].image_file))
         shares.append(np.divide(box, np.repeat(shape, 2)))
     return {'place': np.median(shares, axis=0).tolist()} if shares else {}
 
@@ -228,9 +228,10 @@ def place_fact(args, cases):
 def refuse_seen_cases(args, path, origin):
     """Raise ValueError where weights, by their facts, have seen a test case of this fold."""
     cases = read_cases(args.data_path, 'testing', args.current_fold)
-    for file in seen_cases(origin, image_checksums(args, cases)):
+    for scan in seen_cases(origin, image_checksums(args, cases)):
         raise ValueError(
-            f'{path}: was trained on {file}, a test case of fold {args.current_fold}; run pretrain.py for this fold'
+            f'{path}: was trained on {scan}, a test case of fold {args.current_fold}; run pretrain.py for this fold, after '
+            'removing one of two copies of a scan'
         )
 
 

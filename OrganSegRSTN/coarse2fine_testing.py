@@ -54,7 +54,8 @@ def main():
         for TEST in 'CF'
     )
     weights = case_weights(args, tested)
-    folder, coarse_folders = rounds_folder(args), [results_folder(args, 'coarse', snapshot) for snapshot in snapshots]
+    folder = rounds_folder(args, snapshots)
+    coarse_folders = [results_folder(args, 'coarse', snapshot) for snapshot in snapshots]
     last = 'P' if args.probability else 0
     require_snapshots(fine, [round_file(folder, last, number) for number in range(1, len(tested) + 1)])
 

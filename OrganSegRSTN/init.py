@@ -55,7 +55,7 @@ def main():
     parser = arguments.stage_parser(__doc__, 'data_path organ_number folds low_range high_range'.split())
     parser.add_argument('--if_changed', action='store_true',
                         help='do nothing if the lists are of these settings, images and labels')  # fmt: skip
-    arguments.add_overwrite(parser)
+    arguments.add_overwrite(parser, 'lists that were edited manually')
     args = arguments.parse(parser)
     start_without_network(args, 'initialization')
     names = case_names(Path(args.data_path))

@@ -13,9 +13,10 @@ from pathlib import Path
 from running import arguments, script  # before packages: it names a missing one
 
 # isort: split
-from running.data_folder import PLANES, read_cases, snapshot_name, training_settings
+from running.data_folder import PLANES, find_snapshots, read_cases, snapshot_name, training_settings
 from running.files import load_volume
 from running.results import Results, check_sources, lock_folders, prepare_folder, read_settings, start_without_network
+from scans.geometry import check_labels
 from scans.nifti import write_on_scan
 from utils import DSC_computation
 from volumes.fusion import merge
@@ -29,6 +30,7 @@ def main():
     settings = {f'organ {organ} {name}': value for organ in tested for name, value in tested[organ].settings.items()}
     settings |= {f'organ {organ} results': tested[organ].folder.name for organ in tested}
     cases = read_cases(args.data_path, 'testing', args.current_fold)
+    check_labels(args.data_path, cases)
     folder = merged_folder(args)
     values = {organ: [] for organ in tested}
     check_sources([organ.folder for organ in tested.values()], args.data_path, cases)
@@ -64,7 +66,7 @@ def parse():
 def tested_organ(args, organ):
     """Return the arguments with which coarse2fine_testing.py tested an organ, with its `folder` and `settings`."""
     args = Namespace(**vars(args) | {'organ_ID': organ})
-    args.folder = rounds_folder(args)
+    args.folder = rounds_folder(args, find_snapshots(args))
     args.settings = read_settings(args.folder / 'run.json')
     stop_DSC = args.settings.get('stop_DSC')
     args.stop_DSC = stop_DSC if isinstance(stop_DSC, float) else None

@@ -29,7 +29,6 @@ import hashlib
 import io
 import itertools
 import os
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -46,7 +45,8 @@ from reporting.explaining import write_explanation
 from running.data_folder import PLANES
 from running.files import LEFTOVERS, atomic_write, locked, read_json, write_json
 from running.results import checksum, start
-from scans.dicom import is_slice, read_series, series_folders
+from scans.dataset import SCAN
+from scans.dicom import is_slice, read_series, refuse_part, series_folders, split_scans
 from scans.dicom_file import header_value
 from scans.geometry import PUBLISHED, Scan
 from scans.nifti import affine_header, grid_header, is_nifti_name, open_nifti, write_nifti
@@ -57,6 +57,7 @@ from volumes.starting import read_box, read_start
 from volumes.testing import to_bytes
 from volumes.trust import PROBES
 
+NOT_OURS = 'is not what predict.py wrote there; move it away, or name another OUTPUT'
 NO_SERIES = 'a DICOM mask refers to a DICOM series, so INPUT must be the folder of one'
 
 
@@ -65,13 +66,13 @@ def main():
     device, _ = start(args)
     check_outputs(args)
     organs = read_organs(args, device)
-    if names_a_folder(args):
+    if args.folder:
         return predict_folder(args, organs)
-    scan = read_input(args.INPUT, args.OUTPUT)
-    mask, probability, records = find_organs(scan, organs, args, start=rough_mask(args, scan.scan))
-    write_mask(args.OUTPUT, mask, scan, organs)
+    source = read_input(args.INPUT, args.OUTPUT)
+    mask, probability, records = find_organs(source, organs, args, start=rough_mask(args, source.scan))
+    write_mask(args.OUTPUT, mask, source, organs)
     if args.probability:
-        write_nifti(args.probability, probability.transpose(PUBLISHED), scan.header)
+        write_nifti(args.probability, probability.transpose(PUBLISHED), source.header)
     if args.record:
         write_json(args.record, {'organs': records})
     for path in filter(None, (args.OUTPUT, args.probability, args.record)):
@@ -124,10 +125,11 @@ def parse(argv=None):
     arguments.add_precision(parser)
     parser.add_argument('--force', action='store_true', help='take a snapshot although its name is of another plane')
     args = arguments.parse(parser, argv)
+    args.folder = names_a_folder(args)
     given = [plane for plane in PLANES if getattr(args, f'SNAPSHOT_{plane}')]
     if args.organs and given or not args.organs and len(given) < len(PLANES):
         parser.error('SNAPSHOT_X, SNAPSHOT_Y and SNAPSHOT_Z are required, or --organs instead')
-    if (args.start or args.box or args.explain) and (args.organs or names_a_folder(args)) or args.start and args.box:
+    if (args.start or args.box or args.explain) and (args.organs or args.folder) or args.start and args.box:
         parser.error('--start, --box (one of them) and --explain are for one scan and one organ')
     return args
 
@@ -151,7 +153,7 @@ def check_outputs(args):
     files = [Path(path) for path in (args.OUTPUT, args.probability, args.record) if path]
     if args.explain:
         files += [Path(args.explain, f'{plane}.png') for plane in PLANES]
-    if names_a_folder(args):
+    if args.folder:
         if args.probability or args.record:
             raise ValueError(f'{args.OUTPUT}: --probability and --record are for one scan, not for a folder')
         files = [Path(args.OUTPUT, 'scans.csv')]
@@ -161,7 +163,7 @@ def check_outputs(args):
         )
     if args.probability and (args.organs or not is_nifti_name(args.probability)):
         raise ValueError(f'{args.probability}: the probability of one organ is written, as .nii.gz or .nii; name it so')
-    if args.dicom and not names_a_folder(args):
+    if args.dicom and not args.folder:
         raise ValueError(f'{args.OUTPUT}: --dicom goes with a folder of scans; name a DICOM mask .dcm')
     if is_dicom_name(args.OUTPUT) or args.dicom:
         import_highdicom()
@@ -173,7 +175,7 @@ def check_outputs(args):
         folder = next(folder for folder in path.absolute().parents if folder.exists())
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ValueError(f'{path}: cannot be written; name a file in a folder that you can write to')
-    outputs = [args.OUTPUT] if names_a_folder(args) else files
+    outputs = [args.OUTPUT] if args.folder else files
     paths = [Path(path) for path in (args.INPUT, args.start, *outputs) if path]
     for one, two in itertools.combinations(paths, 2):
         if one.resolve() == two.resolve() or one.exists() and two.exists() and one.samefile(two):
@@ -190,7 +192,7 @@ class Organ(NamedTuple):
 def read_organs(args, device):
     """Return {number in the mask: Organ} of the snapshots, and of --code."""
     options = {name: getattr(args, name) for name in ('low_range', 'high_range', 'margin', 'orientation', 'precision')}
-    options |= {'force': args.force, 'keep': names_a_folder(args)}
+    options |= {'force': args.force, 'keep': args.folder}
     if args.organs:
         snapshots = organ_snapshots(args.organs)
     else:
@@ -210,6 +212,10 @@ def read_codes(args, numbers):
         number, _, name = text.rpartition('=') if args.organs else ('1', '', text)
         if not number.isdigit() or int(number) not in numbers:
             raise ValueError(f'--code {text}: give the number of an organ and its name: {min(numbers)}=pancreas')
+        if int(number) in found:
+            raise ValueError(
+                f'--code {text}: organ {number} has a code; put a name with a blank into quotes: "left kidney"'
+            )
         found[int(number)] = (name.rpartition(':')[2], *organ_code(name))
     return found
 
@@ -267,21 +273,21 @@ def rough_mask(args, scan):
     return None
 
 
-def find_organs(scan, organs, args, start=None):
-    """Return (mask, probability, {organ: record}) of an Input; of one organ the mask holds 1, of several their numbers.
+def find_organs(source, organs, args, start=None):
+    """Return (mask, probability, {organ: record}) of an Input; with --organs the mask holds their numbers, else 1.
 
-    The probability is that of the last organ. start: mask of round 0, as the scan is stored.
+    The probability is None with --organs. start: mask of round 0, as the scan is stored.
     """
     found, records = {}, {}
     explain = args.explain and functools.partial(write_explanation, args.explain)
     for number, organ in organs.items():
         mask, probability, record = segment_scan(
-            scan.scan, organ.networks, args.rounds, args.stop_DSC, args.threshold, start, args.probe, explain
+            source.scan, organ.networks, args.rounds, args.stop_DSC, args.threshold, start, args.probe, explain
         )
-        records[number] = record | {'notes': scan.notes}
+        records[number] = record | {'notes': source.notes}
         found[number] = mask, to_bytes(probability) if args.organs else None
     if args.organs:
-        mask = merge(found)
+        mask, probability = merge(found), None
         for number, record in records.items():
             before, record['voxels'] = record['voxels'], int(np.count_nonzero(mask == number))
             record['ml'] = record['ml'] and record['ml'] * record['voxels'] / before
@@ -289,12 +295,12 @@ def find_organs(scan, organs, args, start=None):
     return mask, probability, records
 
 
-def write_mask(path, mask, scan, organs):
+def write_mask(path, mask, source, organs):
     """Write a mask, which lies as the Input is stored, as NIfTI or as DICOM."""
     if is_dicom_name(path):
-        scan.series.write(path, mask, {number: organ.code for number, organ in organs.items()})
+        source.series.write(path, mask, {number: organ.code for number, organ in organs.items()})
     else:
-        write_nifti(path, mask.transpose(PUBLISHED), scan.header)
+        write_nifti(path, mask.transpose(PUBLISHED), source.header)
 
 
 # --- a folder of scans ---------------------------------------------------------------------------------------------
@@ -303,11 +309,15 @@ def write_mask(path, mask, scan, organs):
 def predict_folder(args, organs):
     """Find the organs in all scans of a folder; return the exit code: 1 where one failed."""
     scans, output = find_scans(Path(args.INPUT)), Path(args.OUTPUT)
-    how = made_with(args, organs)
-    rows, failed = [], []
+    parts = split_scans([path for path in scans.values() if path.is_dir()])
+    how, table = made_with(args, organs), output / 'scans.csv'
+    if table.exists() and not table.read_text(encoding='utf-8', errors='replace').startswith('scan,label,'):
+        raise ValueError(f'{table}: {NOT_OURS}')
+    rows, failed = [], {}
     with locked(output / '.lock', LEFTOVERS):
         for name, path in tqdm(scans.items(), desc='scans', disable=None):
             try:
+                refuse_part(path, parts)
                 with contextlib.redirect_stdout(io.StringIO()):  # the record holds what is printed of a scan
                     records, done = predict_one(args, organs, path, output / name, how)
                 text = '; '.join(summary(number, record) for number, record in records.items())
@@ -315,27 +325,26 @@ def predict_folder(args, organs):
             except Exception as error:
                 if not script.foreseeable(error):
                     raise
-                text = ' '.join(f'{name}: error: {str(error) or type(error).__name__}'.split())
-                failed.append(text)
+                text = failed[name] = ' '.join(f'{name}: error: {str(error) or type(error).__name__}'.split())
                 records = {'': {'error': text.partition(': error: ')[2]}}
             tqdm.write(text)
             sys.stdout.flush()
             rows += table_rows(name, records)
-        for file in sorted(output.glob('*.json')):
-            record = read_record(file)
-            if file.stem not in scans and record and Path(output, record['made_with'].get('mask', '')).is_file():
-                rows += table_rows(file.stem, record['organs'])  # of another folder
-        write_table(output / 'scans.csv', rows)
-    print(f'written: {output / "scans.csv"}', flush=True)
+        for file in sorted(output.glob('*.json')):  # of another folder, or what a scan that failed had before
+            record = former_record(file)
+            if file.stem not in scans.keys() - failed and record and former_mask(file, record).is_file():
+                rows += table_rows(file.stem, record['organs'])
+        write_table(table, rows)
+    print(f'written: {table}', flush=True)
     if failed:
-        print(f'{len(failed)} of {len(scans)} scans failed:', *failed, sep='\n', file=sys.stderr)
+        print(f'{len(failed)} of {len(scans)} scans failed:', *failed.values(), sep='\n', file=sys.stderr)
     return 1 if failed else 0
 
 
 def find_scans(folder):
-    """Return {name: path} of the NIfTI files in a folder, and of the series at or below it."""
-    found = [(re.sub(r'\.nii(\.gz)?$', '', path.name), path) for path in sorted(folder.iterdir())
-             if is_nifti_name(path) and path.is_file() and not path.name.startswith('.')]  # fmt: skip
+    """Return {name: path} of the files in a folder that are named as scans, and of the series at or below it."""
+    found = [(SCAN.sub('', path.name), path) for path in sorted(folder.iterdir())
+             if SCAN.search(path.name) and not path.is_dir() and not path.name.startswith('.')]  # fmt: skip
     series = [path for path, holds_slices in series_folders(folder) if holds_slices]
     firsts = Counter(path.relative_to(folder).parts[:1] for path in series)
     for path in series:
@@ -367,34 +376,49 @@ def made_with(args, organs):
 def predict_one(args, organs, path, stem, how):
     """Find the organs in a scan; return ({organ: record}, whether that was done before).
 
-    Write STEM.json, then STEM.nii.gz or STEM.dcm. ValueError: there is one that was made otherwise.
+    Write STEM.json, then STEM.nii.gz or STEM.dcm, and last the mask's checksum. ValueError: there is a mask that was made
+    otherwise, or is not as it was written.
     """
     file, mask_file = Path(f'{stem}.json'), Path(f'{stem}{".dcm" if args.dicom else ".nii.gz"}')
     how = how | {'scan': scan_checksum(path), 'mask': mask_file.name}
-    former = read_record(file)
-    if mask_file.exists() or file.exists():
-        before = former.get('made_with', {})
+    former = former_record(file)
+    before = former.get('made_with', {})
+    written = former_mask(file, former)
+    for old in {mask_file, written}:
+        ours = former and old == written and former.get('mask_SHA-256') in (None, checksum(old))
+        if old.exists() and not ours:
+            raise ValueError(f'{old}: {NOT_OURS}')
+    if file.exists() and not former:
+        raise ValueError(f'{file}: {NOT_OURS}')
+    if former:
         if differing := [name for name in sorted(how.keys() | before.keys()) if before.get(name) != how.get(name)]:
             if not args.overwrite:
                 raise ValueError(f'{mask_file}: already exists, made with other settings ({", ".join(differing)}); give '
                                  '--overwrite to replace it, or name another OUTPUT')  # fmt: skip
         elif mask_file.exists():
             return {int(number): record for number, record in former['organs'].items()}, True
-    scan = read_input(path, mask_file)
-    mask, _, records = find_organs(scan, organs, args)
-    mask_file.unlink(missing_ok=True)  # a mask without its record, or with one of another, is never there
-    write_json(file, {'made_with': how, 'organs': records})
-    write_mask(mask_file, mask, scan, organs)
+    source = read_input(path, mask_file)
+    mask, _, records = find_organs(source, organs, args)
+    written.unlink(missing_ok=True)  # a mask without its record, or with one of another, is never there
+    record = {'made_with': how, 'organs': records}
+    write_json(file, record)
+    write_mask(mask_file, mask, source, organs)
+    write_json(file, record | {'mask_SHA-256': checksum(mask_file)})
     return records, False
 
 
-def read_record(file):
+def former_record(file):
     """Return the record of a scan; {} where there is none, or it is none of ours."""
     try:
         found = read_json(file)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found.get('made_with'), dict) and isinstance(found.get('organs'), dict) else {}
+
+
+def former_mask(file, record):
+    """Return the path of the mask that a record in `file` is of."""
+    return file.with_name(record.get('made_with', {}).get('mask', f'{file.stem}.nii.gz'))
 
 
 def scan_checksum(path):

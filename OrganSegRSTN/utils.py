@@ -88,8 +88,8 @@ def DSC_computation(label, pred):
 def post_processing(F, S, threshold, organ_ID):
     """Keep the 6-connected components of F of at least `threshold` times the largest one's size.
 
-    F: mask (W, H, L), changed in place if it is a writable uint8 array, and returned; unchanged where it
-    is empty or at least half full. S: seed volume of F's shape, without effect, as in the published
+    F: mask (W, H, L), changed in place if it is a writable, C-contiguous uint8 array, else copied; returned.
+    It is unchanged where it is empty or at least half full. S: seed volume of F's shape, without effect, as in the published
     C++. organ_ID: not used, kept for users' scripts.
     """
     F, S = np.require(F, np.uint8, ['C', 'W']), np.asarray(S)

@@ -41,6 +41,8 @@ from raw_scans import (
     zeros,
 )
 
+from scans.dicom import series_folders
+
 # --- how a series is spoilt -----------------------------------------------------------------------------------------
 
 
@@ -432,6 +434,21 @@ def test_two_halves_of_one_scan_are_not_two_cases(part, tmp_path):
     for case in 'ab':
         assert f'{case}: error: ' in said and 'look like parts of one scan; put its slices into one folder' in said
     assert list(loaded(tmp_path / 'out', 'images')) == ['c']
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    write_slices(tmp_path / 'raw/a', make_slices(random_volume()))
+    (tmp_path / 'raw/b').mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == 'b':
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)  # root may read everything
+    with pytest.raises(PermissionError, match='raw/b'):
+        list(series_folders(tmp_path / 'raw'))
 
 
 ORIENTATIONS = {  # (row direction, column direction), LPS

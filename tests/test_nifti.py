@@ -585,9 +585,14 @@ def test_an_image_of_another_shape_is_refused_until_its_geometry_goes(folder, ca
 def test_a_stale_geometry_is_not_believed(folder, tmp_path, call, capsys):
     np.save(folder / 'images/a.npy', np.load(folder / 'images/a.npy') + 1)
     shutil.rmtree(tmp_path / 'raw/images')
+    before = np.load(folder / 'labels/a.npy')
     done = call(NII2NPY, tmp_path / 'raw', folder)
     assert f'{folder}/geometry/a.json: not used with its image: its voxels have changed' in done.out
-    assert 'a: label 5 x 6 x 4, by transpose(1, 0, 2)' in done.out and 'b: label 5 x 6 x 4, by the affines' in done.out
+    assert done.code == 1 and 'a.nii.gz: not laid onto images/a.npy, which has changed since its conversion' in done.err
+    np.testing.assert_array_equal(np.load(folder / 'labels/a.npy'), before)
+    assert 'b: label 5 x 6 x 4, by the affines' in done.out
+    done = call(NII2NPY, tmp_path / 'raw', folder, '--orientation', 'published')
+    assert 'a: label 5 x 6 x 4, by transpose(1, 0, 2)' in done.out
     assert load_geometry(folder / 'geometry/b.json', (5, 6, 3)) is None
     assert 'b.json: not used with its image: its shape is [5, 6, 3] instead of [5, 6, 4]' in capsys.readouterr().out
 

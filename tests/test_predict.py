@@ -456,6 +456,8 @@ def test_options_are_checked_before_any_work(scan, snapshots, tmp_path, call):
     ):
         assert call('predict.py', scan, tmp_path / 'm.nii', *snapshots, *options).code == 2
     assert call('predict.py', scan).code == 2
+    done = call('predict.py', scan, tmp_path / 'm.nii', *snapshots, '--low_range', 0, '--high_range', 1)
+    assert done.code == 1 and 'intensity window 0 to 1: scans are read as whole HU' in done.err
 
 
 def test_a_comma_separates_snapshots_but_also_stands_in_folder_names():
@@ -586,9 +588,12 @@ def test_a_rough_mask_is_round_0_wherever_it_comes_from(canonical, scan, snapsho
     np.testing.assert_array_equal(mask_of(c), mask_of(a))
 
 
-@pytest.mark.parametrize('start', [np.ones((9, 8, 5)), np.zeros((9, 8, 6))])
+@pytest.mark.parametrize(
+    'start',
+    [np.ones((9, 8, 5)), np.zeros((9, 8, 6)), -np.eye(8, 6) * np.ones((9, 1, 1)), np.arange(432).reshape(9, 8, 6) % 3],
+)
 def test_a_start_of_segment_that_does_not_fit_is_refused(start, snapshots):
-    with pytest.raises(ValueError, match=r'a mask of the image, \(9, 8, 6\), that is not empty is expected'):
+    with pytest.raises(ValueError, match=r'a mask of the image, \(9, 8, 6\), of 0 and one other value is expected'):
         volumes.segmenting.segment(make_scan()[0], PLI, snapshots, device='cpu', start=start)
 
 

@@ -640,6 +640,10 @@ def test_training_starts_from_what_PRETRAINED_was_converted_to(tmp_path):
         assert ('--convert' in said) == (name != 'vgg16'), 'a file is converted anew: what is there may be of another'
         assert f'--pretrained {folder}/fcn8s_from_{start}.pth' in said
     assert '--pretrained' not in run_sh(**lazy).stdout
+    done = run_sh(**lazy, PRETRAINING_WIDTH=16)
+    assert (
+        done.returncode == 2 and 'PRETRAINING_WIDTH is 16, but training would start from the converted' in done.stderr
+    )
 
 
 def test_fold_A_leaves_no_fold_out(tmp_path):

@@ -71,6 +71,8 @@ def test_segment_gives_what_predict_writes_and_the_record(snapshots, tmp_path, c
 
 def test_networks_are_loaded_once_for_many_scans(snapshots, capsys):
     networks = Networks(snapshots, device='cpu')
+    with pytest.raises(TypeError, match='low_range: for Networks'):
+        segment(make_scan()[0], PLI, networks, low_range=-50)
     assert re.match(r'device: CPU, \d+ threads \(as asked\)\n', capsys.readouterr().out)
     image, _ = make_scan()
     first = segment(image, PLI, networks, rounds=1)
@@ -305,12 +307,14 @@ def test_masks_of_other_settings_scans_or_makers_are_never_taken_for_done(scans,
     done = predict(call, scans, out, *snapshots)
     assert done.code == 1 and (out / 'anna.nii.gz').read_bytes() == before
     assert [line.split(':')[0] for line in done.err.splitlines()] == ['2 of 3 scans failed', 'anna', 'bert']
-    assert 'already exists, made with other settings (' in done.err and '--overwrite' in done.err
-    assert (out / 'bert.json').read_text() == '{"mine": 1}'
+    assert done.err.count('is not what predict.py wrote there; move it away') == 2
     (out / 'bert.json').write_text('not JSON')
-    assert 'bert.nii.gz: already exists, made with other settings' in predict(call, scans, out, *snapshots).err
+    assert predict(call, scans, out, *snapshots, '--overwrite').err.count('move it away') == 2
+    assert (out / 'anna.nii.gz').read_bytes() == before and (out / 'bert.json').read_text() == 'not JSON'
 
-    assert predict(call, scans, out, *snapshots, '--overwrite').code == 0
+    (out / 'anna.nii.gz').unlink()
+    (out / 'bert.json').unlink()
+    assert predict(call, scans, out, *snapshots).code == 0
     assert predict(call, scans, out, *snapshots).out.count('(done before)') == 3
     other = predict(call, scans, out, *snapshots, '--threshold', 0.4)
     assert other.code == 1 and other.err.count('made with other settings (threshold)') == 3
@@ -318,6 +322,36 @@ def test_masks_of_other_settings_scans_or_makers_are_never_taken_for_done(scans,
     write(scans / 'bert.nii', make_scan(2)[0])
     changed = predict(call, scans, out, *snapshots)
     assert changed.code == 1 and 'bert.nii.gz: already exists, made with other settings (scan)' in changed.err
+    rows = table(out)
+    assert list(rows) == ['anna', 'bert', 'dora'] and rows['bert']['voxels'], 'what it had before is kept'
+
+
+def test_a_mask_that_was_corrected_by_hand_is_kept(scans, snapshots, tmp_path, call):
+    out = tmp_path / 'out'
+    (scans / 'cut.nii').unlink()
+    assert predict(call, scans, out, *snapshots).code == 0
+    write(out / 'bert.nii.gz', np.ones((9, 8, 6), np.uint8))
+    before = (out / 'bert.nii.gz').read_bytes()
+    for options in ([], ['--threshold', 0.4, '--overwrite']):
+        done = predict(call, scans, out, *snapshots, *options)
+        assert done.code == 1 and 'bert.nii.gz: is not what predict.py wrote there; move it away' in done.err
+        assert (out / 'bert.nii.gz').read_bytes() == before
+    (out / 'scans.csv').write_text('name,age\nanna,50\n')
+    done = predict(call, scans, out, *snapshots)
+    assert done.code == 1 and 'scans.csv: is not what predict.py wrote there' in done.err
+
+
+def test_every_file_that_is_named_as_a_scan_and_every_part_of_one_is_spoken_of(scans, snapshots, tmp_path, call):
+    (scans / 'cut.nii').rename(scans / 'D.NII.GZ')
+    (scans / 'e.mha').touch()
+    (scans / 'f.nii').symlink_to('nowhere')
+    slices = make_slices(make_scan(2)[0], PatientID='p', FrameOfReferenceUID='1.2.3')
+    write_slices(scans / 'one', slices[:3])
+    write_slices(scans / 'two', slices[3:])
+    done = predict(call, scans, tmp_path / 'out', *snapshots)
+    rows = table(tmp_path / 'out')
+    assert done.code == 1 and [name for name in rows if rows[name]['error']] == ['D', 'e', 'f', 'one', 'two']
+    assert all('look like parts of one scan' in rows[name]['error'] for name in ('one', 'two'))
 
 
 def test_the_table_has_a_column_for_each_figure_of_trust_that_a_record_holds(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pydicom
 import pytest
 from conftest import run_script
+from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 from raw_scans import AXIAL, SHARED, enhanced, make_slices, write_slices
 from test_predict import loaded_once, make_scan, mask_of, save_snapshots  # noqa: F401
@@ -182,8 +183,11 @@ def test_DICOM_out_needs_DICOM_in_and_a_code_an_organ(highdicom, snapshots, tmp_
     done = call('predict.py', tmp_path / 'scan.nii', tmp_path / 'mask.nii', *snapshots, '--dicom')
     assert done.code == 1 and '--dicom goes with a folder of scans' in done.err
     folder = write_series(tmp_path / 'series')
-    for code, words in (('gizzard', "'gizzard': not an organ in pydicom's SNOMED CT"),):
-        done = call('predict.py', folder, tmp_path / 'mask.dcm', *snapshots, '--code', code)
+    for words, *code in (
+        ("'gizzard': not an organ in pydicom's SNOMED CT", 'gizzard'),
+        ('--code kidney: organ 1 has a code; put a name with a blank into quotes', 'left', 'kidney'),
+    ):
+        done = call('predict.py', folder, tmp_path / 'mask.dcm', *snapshots, '--code', *code)
         assert done.code == 1 and words in done.err
     done = call('predict.py', folder, tmp_path / 'm.dcm', '--organs', *snapshots, '--code', 'pancreas')
     assert done.code == 1 and 'give the number of an organ and its name: 1=pancreas' in done.err
@@ -195,6 +199,8 @@ def test_DICOM_out_needs_DICOM_in_and_a_code_an_organ(highdicom, snapshots, tmp_
         ('pancreas', '15776009', None),
         ('Parotid gland', '45289007', None),
         ('left kidney', '64033007', 'Left'),
+        ('C3 vertebra', codes.SCT.C3Vertebra.value, None),
+        ('left L1 vertebra', codes.SCT.L1Vertebra.value, 'Left'),
         ('12345:99MINE:My organ', '12345', None),
     ],
 )

@@ -607,6 +607,27 @@ def test_a_snapshot_that_is_gone_costs_no_volume(tested, call):
     assert times(tested) == before
 
 
+def test_overwrite_leaves_files_that_no_stage_made(tested, call):
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested), '--nifti'))
+    own = tested / FINE / 'corrected.nii.gz'
+    own.touch()
+    succeeded(call('coarse2fine_testing.py', *coarse2fine_args(tested), '--stop_DSC', 0.5, '--overwrite'))
+    assert own.exists()
+
+
+def test_a_label_of_an_earlier_image_is_not_scored(tested, call):
+    stages = [('coarse_testing.py', training_args(tested, plane)) for plane in 'XYZ']
+    stages += [('coarse_fusion.py', fusion_args(tested)), ('coarse2fine_testing.py', coarse2fine_args(tested))]
+    for script, args in stages:
+        succeeded(call(script, *args))
+    name = Path(read_cases(tested, 'testing', 0)[0].image_file).stem
+    (tested / 'geometry').mkdir()
+    (tested / f'geometry/{name}.json').write_text('{"label_crc32": null}')
+    for script, args in stages:
+        done = call(script, *args)
+        assert done.code == 1 and f'labels/{name}.npy: images/{name}.npy has changed since its conversion' in done.err
+
+
 def test_overwrite_removes_nothing_that_cannot_be_made_again(tested, call):
     """The snapshots are gone, or a plane's volume is: the results of other settings are all that is left."""
     stages = [('coarse_testing.py', training_args(tested, plane)) for plane in 'XYZ']

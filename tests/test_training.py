@@ -263,7 +263,9 @@ def test_a_test_case_is_known_by_its_content_however_the_list_names_it(trained, 
     args = training_args(data)
     args[1] = 1
     done = call('training.py', *args, '--pretrained', trained.data / 'models/pretrained/fcn8s_FD0_1.pth')
-    assert done.code == 1 and 'was trained on scans/0003.npy, a test case of fold 1' in done.err
+    assert (
+        done.code == 1 and 'was trained on images/0003.npy, which is scans/0003.npy, a test case of fold 1' in done.err
+    )
 
 
 def test_a_start_that_is_not_there_costs_nothing_of_the_former_training(trained, call):

@@ -164,9 +164,9 @@ def add_precision(parser, without=()):
                         help=f'{", ".join(names)} (default fp32): which are faster where, see docs/speed.md')  # fmt: skip
 
 
-def add_overwrite(parser):
-    """Add --overwrite, for a stage that stores volumes."""
-    parser.add_argument('--overwrite', action='store_true', help='replace results of other settings, or edited lists')
+def add_overwrite(parser, what='results of other settings'):
+    """Add --overwrite, for a stage that stores volumes or lists."""
+    parser.add_argument('--overwrite', action='store_true', help=f'replace {what}')
 
 
 def add_nifti(parser):

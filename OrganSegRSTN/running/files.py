@@ -164,13 +164,26 @@ def open_file(path):
 
 def load_array(path):
     """Return the array of a .npy file; raise ValueError where it is not a whole array of numbers."""
+    with _whole_array(path) as (file, _):
+        return np.load(file, allow_pickle=False)
+
+
+def array_shape(path):
+    """Return the shape of the array of a .npy file; raise ValueError as load_array."""
+    with _whole_array(path) as (_, shape):
+        return shape
+
+
+@contextlib.contextmanager
+def _whole_array(path):
+    """Open a .npy file, whose size is that of its header, for the block: (file, shape)."""
     try:
         with open_file(path) as file:
             shape, kind, size = npy_header(file)
             if size > os.fstat(file.fileno()).st_size:
                 raise ValueError(f'its header asks for {shape} of {kind}, more than the file holds: it is truncated')
             file.seek(0)
-            return np.load(file, allow_pickle=False)
+            yield file, shape
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: no such file') from None
     except (ValueError, EOFError, RecursionError) as error:

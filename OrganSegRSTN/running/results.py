@@ -162,7 +162,8 @@ def shown(value):
 
 def stored_volumes(folder):
     """Return the files of the predictions in a result folder."""
-    return list(folder.glob('volumes/*.npz')) + list(folder.glob('*.nii.gz'))
+    merged = folder.glob('*.nii.gz') if folder.parent.name.startswith('merged_') else ()
+    return [*folder.glob('volumes/*.npz'), *merged]
 
 
 def case_settings(data_path, cases, labels=False):

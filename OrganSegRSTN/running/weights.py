@@ -115,8 +115,8 @@ def check_facts(path, facts, expected):
         print(f'{path}: does not say how it was trained; assumes {assumed}')
     for name, value in expected.items():
         if name == 'cases':
-            for file in seen_cases(facts, value):
-                print_once(f'warning: {path}: was trained on {file}, a test case of this fold: its figures say little')
+            for scan in seen_cases(facts, value):
+                print_once(f'warning: {path}: was trained on {scan}, a test case of this fold: its figures say little')
         elif name == 'spacing':
             if doubt := spacing_doubt(value, facts.get(name)):
                 print(f'warning: {doubt}')
@@ -125,9 +125,10 @@ def check_facts(path, facts, expected):
 
 
 def seen_cases(facts, cases):
-    """Return the files of those `cases` (FILE SHA-256) that weights were trained on, by their facts."""
-    seen = {case.split()[-1] for case in facts.get('cases', ())}
-    return [file for file, digest in map(str.split, cases) if digest in seen]
+    """Return those `cases` (FILE SHA-256) that weights were trained on, by their facts: FILE, or `OTHER, which is FILE`."""
+    seen = {digest: file for file, _, digest in (case.rpartition(' ') for case in facts.get('cases', ()))}
+    found = [(seen[digest], file) for file, _, digest in (case.rpartition(' ') for case in cases) if digest in seen]
+    return [file if trained == file else f'{trained}, which is {file}' for trained, file in found]
 
 
 def spacing_doubt(ours, trained):

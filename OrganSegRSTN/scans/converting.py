@@ -105,7 +105,7 @@ def keeps(data_path, case, kind, array):
         if crc32(load_array(path)) != crc32(array):
             print_once(
                 f'{path} is kept: it is not what the conversion makes, and geometry/{case}.json holds no {kind}_crc32, '
-                'so it is your own; to have it made again, move it away'
+                'so it is your own; to have it made again, move it away and convert again (ENABLE_..2NPY=1)'
             )
             return True
     return False

@@ -62,9 +62,13 @@ def ordered_slices(folder, say=print, acquisition=None):
 
 
 def series_folders(raw):
-    """Yield (folder, whether it holds slices) for `raw` and every folder below it; follow links."""
+    """Yield (folder, whether it holds slices) for `raw` and every folder below it; follow links. OSError: one is unreadable."""
     seen = set()
-    for folder, below, files in os.walk(raw, followlinks=True):
+
+    def fail(error):
+        raise error
+
+    for folder, below, files in os.walk(raw, onerror=fail, followlinks=True):
         seen.add(os.path.realpath(folder))
         below[:] = sorted(b for b in below if b[0] != '.' and os.path.realpath(os.path.join(folder, b)) not in seen)
         yield Path(folder), any(is_slice(Path(folder, name)) for name in sorted(files))
@@ -157,6 +161,15 @@ def split_scans(folders):
             if _are_one_stack(stacks[one], stacks[two]):
                 parts |= {one: two, two: one}
     return parts
+
+
+def refuse_part(folder, parts):
+    """Raise ValueError if a folder holds a part of a scan, by split_scans."""
+    if folder in parts:
+        raise ValueError(
+            f'{folder} and {parts[folder]} look like parts of one scan; put its slices into one folder, or read each '
+            'folder by itself'
+        )
 
 
 def _are_one_stack(slices, others):

@@ -137,7 +137,19 @@ def check_partners(data_path, case, image, label):
     else:
         return
     record = path if 'shape' in fault else f'"{entry}" from {path}, or all of it if axes were turned'
-    raise ValueError(f'{what} since its conversion; convert it again, or, if that is right, delete {record}')
+    raise _changed(what, record)
+
+
+def check_labels(data_path, cases):
+    """Raise ValueError if the label of one of these cases (Case) was made for an earlier image, by its geometry/CASE.json."""
+    for case in cases:
+        path = geometry_file(data_path, Path(case.image_file).stem)
+        if read_record(path).get('label_crc32', 0) is None:
+            raise _changed(f'{case.label_file}: {case.image_file} has changed', f'"label_crc32" from {path}')
+
+
+def _changed(what, record):
+    return ValueError(f'{what} since its conversion; convert it again, or, if that is right, delete {record}')
 
 
 def _image_fault(content, shape, image):
@@ -150,7 +162,7 @@ def _image_fault(content, shape, image):
 
 
 def crc32(array):
-    """Return the CRC-32 of an array's values, in C order."""
+    """Return the CRC-32 of an array's bytes, in C order: it depends on values and type."""
     return zlib.crc32(np.ascontiguousarray(array))
 
 

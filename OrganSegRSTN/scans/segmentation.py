@@ -139,15 +139,15 @@ def organ_code(text):
     if len(parts) == 3 and all(parts):
         return Code(*parts), None
     side, _, name = text.partition(' ') if text.lower().startswith(('left ', 'right ')) else ('', '', text)
-    found = _known_names().get(_letters(name))
+    found = _known_names().get(_plain(name))
     if found is None:
         raise ValueError(f"{text!r}: not an organ in pydicom's SNOMED CT; give its code as 15776009:SCT:Pancreas")
     return found, SIDES.get(side.lower())
 
 
 def _known_names():
-    return {_letters(name): getattr(codes.SCT, name) for name in dir(codes.SCT) if name[0].isupper()}
+    return {_plain(name): getattr(codes.SCT, name) for name in dir(codes.SCT) if name[0].isupper()}
 
 
-def _letters(name):
-    return re.sub('[^a-z]', '', name.lower())
+def _plain(name):
+    return re.sub('[^a-z0-9]', '', name.lower())

@@ -7,6 +7,7 @@ from running.data_folder import PLANES, epoch_name, find_snapshots, read_cases, 
 from running.files import load_volume, save_volume
 from running.processes import rank
 from running.results import Results, check_sources, lock_folders, prepare_folder, read_settings, start_without_network
+from scans.geometry import check_labels
 from scans.nifti import export
 from utils import DSC_computation, post_processing
 from volumes.rounds import weighted
@@ -34,6 +35,7 @@ def fuse(args, stage):
     folder = results_folder(args, stage, name)
     sources = [results_folder(args, stage, snapshot) for snapshot in snapshots]
     cases = read_cases(args.data_path, 'testing', args.current_fold)
+    check_labels(args.data_path, cases)
     weights = case_weights(args, cases)
     files = {n: [source / 'volumes' / f'{epoch}_{n}.npz' for source in sources] for n, _ in enumerate(cases, 1)}
     values = {fusion: [] for fusion in FUSIONS}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from running.data_folder import epoch_name, find_snapshots, results_folder, without_fold
+from running.data_folder import epoch_name, results_folder, without_fold
 from running.files import load_volume
 from utils import DSC_computation, post_processing
 from volumes.planes import region
@@ -70,9 +70,9 @@ def stopped_at(scores, asked):
 # --- stored rounds -------------------------------------------------------------------------------------------------
 
 
-def rounds_folder(args):
-    """Return results/coarse2fine_testing_*/FD0:XJ3_1,YJ3_1,ZJ3_1:e2682_0.5_0.5,10 of a stage's arguments."""
-    return results_folder(args, 'coarse2fine', folder_name(args, find_snapshots(args)))
+def rounds_folder(args, snapshots):
+    """Return results/coarse2fine_testing_*/FD0:XJ3_1,YJ3_1,ZJ3_1:e2682_0.5_0.5,10 of the planes' snapshots (names)."""
+    return results_folder(args, 'coarse2fine', folder_name(args, snapshots))
 
 
 def folder_name(args, snapshots):

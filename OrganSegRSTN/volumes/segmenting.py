@@ -33,6 +33,7 @@ from volumes.trust import Watch, probe_shift
 
 NIH = 'PLI'
 STORED = 'stored'
+NARROWEST = 20  # HU of an intensity window
 
 
 def segment(image, affine, snapshots, rounds=10, stop_DSC=0.99, threshold=0.5, start=None, probes=0, **options):
@@ -53,6 +54,8 @@ def segment(image, affine, snapshots, rounds=10, stop_DSC=0.99, threshold=0.5, s
     for name, value, most in (('rounds', rounds, np.inf), ('stop_DSC', stop_DSC, 1), ('threshold', threshold, 1)):
         if not 0 <= value <= most:
             raise ValueError(f'{name} {value}: a number from 0{f" to {most}" if most == 1 else ""} is expected')
+    if isinstance(snapshots, Networks) and options:
+        raise TypeError(f'{", ".join(options)}: for Networks, which are loaded already, not for segment')
     networks = snapshots if isinstance(snapshots, Networks) else Networks(snapshots, **options)
     image = np.asarray(image)
     affine = None if affine is None else np.asarray(affine, float)
@@ -62,8 +65,11 @@ def segment(image, affine, snapshots, rounds=10, stop_DSC=0.99, threshold=0.5, s
         raise ValueError(f'affine {affine.tolist()}: (4, 4) that gives every voxel a place is expected; None: unknown')
     geometry = Geometry(np.eye(4) if affine is None else affine, 'nothing' if affine is None else what_it_holds(affine),
                         'image', 'array')  # fmt: skip
-    if start is not None and (np.shape(start) != image.shape or not np.any(start)):
-        raise ValueError(f'start {np.shape(start)}: a mask of the image, {image.shape}, that is not empty is expected')
+    marks = np.unique(start) if np.shape(start) == image.shape else ()
+    if start is not None and (not len(marks) or marks[0] < 0 or np.count_nonzero(marks) != 1):
+        raise ValueError(
+            f'start {np.shape(start)}: a mask of the image, {image.shape}, of 0 and one other value is expected'
+        )
     planes = (image[..., k] for k in range(image.shape[2]))
     scan = Volume(image.shape, planes, geometry).image(print)
     start = None if start is None else (np.asarray(start) > 0).transpose(PUBLISHED)
@@ -361,6 +367,11 @@ def plane_settings(training, snapshot, device, low_range, high_range, margin, pr
     window = (settle('--low_range', low_range, low, -100), settle('--high_range', high_range, high, 240))
     if window[0] >= window[1]:
         raise ValueError(f'--high_range {window[1]:g} is not above --low_range {window[0]:g}')
+    if window[1] - window[0] < NARROWEST:
+        raise ValueError(
+            f'intensity window {window[0]:g} to {window[1]:g}: scans are read as whole HU, of which it holds too few; train '
+            'on arrays in HU, or multiplied by 1000'
+        )
     margin = settle('--margin', margin, training.crop_margin, named_margin(snapshot))
     return PlaneSettings(window, training.slice_thickness, margin, device, precision)
 

@@ -20,10 +20,10 @@ from running.data_folder import (
     read_cases,
     results_folder,
 )
-from running.files import load_volume, save_volume
+from running.files import array_shape, load_volume, save_volume
 from running.results import Checksums, Results, case_settings, lock_folders, prepare_folder, start
 from running.weights import missing_weights
-from scans.geometry import geometry_file, known, load_geometry
+from scans.geometry import check_labels, geometry_file, known, load_geometry
 from scans.nifti import export
 from utils import DSC_computation, for_device, to_unit
 from volumes.planes import SliceAverage, mean_of, plane_weights, slice_window
@@ -145,6 +145,7 @@ def parse(doc):
 
 def plane_tester(args, plane, snapshot, TEST, device, cases):
     """Return the PlaneTester of a snapshot's name for the test cases of a stage."""
+    check_labels(args.data_path, cases)
     window = (args.low_range, args.high_range)
     settings = PlaneSettings(window, args.slice_thickness, args.crop_margin, device, args.precision)
     facts = {
@@ -224,7 +225,7 @@ def case_weights(args, cases):
     weights = {}
     for case in cases if args.recipe == 'fast' else ():
         name = Path(case.image_file).stem
-        shape = np.load(Path(args.data_path, case.image_file), mmap_mode='r').shape
+        shape = array_shape(Path(args.data_path, case.image_file))
         geometry = load_geometry(geometry_file(args.data_path, name), shape)
         weights[case.image_file] = plane_weights(args.recipe, geometry.spacing if known(geometry) else None)
     return weights
