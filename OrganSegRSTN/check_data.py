@@ -19,7 +19,7 @@ import numpy as np
 
 from running.data_folder import case_names, check_case
 from running.files import atomic_write, load_array
-from scans.geometry import Geometry, axis_codes, check_partners, geometry_file, known, load_geometry
+from scans.geometry import Geometry, axis_codes, check_partners, crc32, geometry_file, known, load_geometry
 from scans.voxels import intensity_doubts, share_outside
 from utils import is_organ
 
@@ -50,6 +50,7 @@ class CaseFigures(NamedTuple):
     clipped: float  # share of voxels outside the intensity window
     organs: list
     thumbnail: np.ndarray  # (24, 24, 24) samples of the image, clipped to the window
+    crc32: int  # of the image
 
     @property
     def spacing(self):
@@ -94,7 +95,7 @@ def main():
         errors.add('there is no organ in any label')
     warnings.show('warning')
     errors.show('error')
-    print(f'{len(cases)} cases looked at: {len(warnings)} kinds of warnings, {len(errors)} errors')
+    print(f'{len(cases)} cases looked at; warnings: {len(warnings)}, errors: {len(errors)}')
     for organ_ID in range(1, args.organ_number + 1) if cases else ():
         contact_sheet(args, cases, organ_ID)
     return 1 if errors else 0
@@ -122,7 +123,7 @@ def measure_case(args, name, warnings):
     evenly = np.ix_(*(((np.arange(24) + 0.5) * n / 24).astype(int) for n in image.shape))
     thumbnail = np.clip(image[evenly], *intensity_window).astype(np.float32)
     limits, clipped = (image.min(), image.max()), share_outside(image, *intensity_window)
-    return CaseFigures(name, image.shape, geometry, limits, clipped, organs, thumbnail)
+    return CaseFigures(name, image.shape, geometry, limits, clipped, organs, thumbnail, crc32(image))
 
 
 def measure_organ(image, mask, geometry, intensity_window):
@@ -164,7 +165,13 @@ def compare_geometry(cases, warnings):
 
 
 def compare_images(cases, warnings):
-    """Warn of cases that resemble the mean of the others more if they are flipped along an axis."""
+    """Warn of copies, and of cases that resemble the mean of the others more if they are flipped along an axis."""
+    seen = {}
+    for case in cases:
+        if (first := seen.setdefault(case.crc32, case.name)) != case.name:
+            warnings.add(
+                f'the same image as {first}: a fold that trains on one and tests the other says little', case.name
+            )
     total = sum(case.thumbnail for case in cases)
     for case in cases if len(cases) >= FEWEST else ():
         one, others = case.thumbnail, (total - case.thumbnail).ravel()

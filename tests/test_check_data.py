@@ -98,7 +98,7 @@ def test_a_sound_cohort_as_a_user_looks_at_it(cohort):
     voxels = (label == 1).sum()
     row = lines[lines.index(next(line for line in lines if line.startswith('organ 1'))) + 1].split()
     assert row[:4] == ['0001', str(voxels), f'{voxels * 0.02:.1f}', f'{image[label == 1].mean():.0f}']
-    assert '7 cases looked at: 0 kinds of warnings, 0 errors' in lines
+    assert '7 cases looked at; warnings: 0, errors: 0' in lines
     assert {file: file.read_bytes() for file in cohort.glob('*/*')} == before, 'the data stays as it was'
 
 
@@ -138,6 +138,15 @@ def test_a_case_unlike_the_others_is_named(spoil, warning, cohort, check):
     assert done.code == 0, 'a warning is no error'
     assert [line for line in remarks(done) if line.startswith(f'warning: {warning}')], done.out
     assert {line.split()[1] for line in remarks(done)} == {'0003:'}, 'and no other case'
+
+
+def test_a_scan_under_two_names_is_found(cohort, check):
+    for kind in ('images', 'labels'):
+        change(cohort, kind, '0003', lambda _, kind=kind: np.load(cohort / kind / '0002.npy'))
+    done = check(cohort)
+    assert done.code == 0 and [line.partition(':')[2] for line in remarks(done)] == [
+        ' 0003: the same image as 0002: a fold that trains on one and tests the other says little'
+    ]
 
 
 def test_a_flipped_label_is_told_as_such(cohort, check):
@@ -197,7 +206,7 @@ def test_what_would_stop_the_pipeline_is_an_error_and_the_other_cases_are_looked
     assert 'image (24, 20, 12) and label (23, 20, 12) are not two volumes' in errors[0]
     assert 'images/0002.npy: not all values are finite' in errors[1]
     assert '0004.npy: not a readable .npy array' in errors[2]
-    assert '4 cases looked at: ' in done.out
+    assert '4 cases looked at; ' in done.out
     assert done.out.count('picture') == 2, 'one an organ, of the cases that are sound'
 
 
