@@ -377,19 +377,13 @@ def predict_one(args, organs, path, stem, how):
     """Find the organs in a scan; return ({organ: record}, whether that was done before).
 
     Write STEM.json, then STEM.nii.gz or STEM.dcm, and last the mask's checksum. ValueError: there is a mask that was made
-    otherwise, or is not as it was written.
+    otherwise, or is not ours.
     """
     file, mask_file = Path(f'{stem}.json'), Path(f'{stem}{".dcm" if args.dicom else ".nii.gz"}')
     how = how | {'scan': scan_checksum(path), 'mask': mask_file.name}
     former = former_record(file)
     before = former.get('made_with', {})
-    written = former_mask(file, former)
-    for old in {mask_file, written}:
-        ours = former and old == written and former.get('mask_SHA-256') in (None, checksum(old))
-        if old.exists() and not ours:
-            raise ValueError(f'{old}: {NOT_OURS}')
-    if file.exists() and not former:
-        raise ValueError(f'{file}: {NOT_OURS}')
+    check_ours(file, mask_file, former)
     if former:
         if differing := [name for name in sorted(how.keys() | before.keys()) if before.get(name) != how.get(name)]:
             if not args.overwrite:
@@ -399,12 +393,23 @@ def predict_one(args, organs, path, stem, how):
             return {int(number): record for number, record in former['organs'].items()}, True
     source = read_input(path, mask_file)
     mask, _, records = find_organs(source, organs, args)
-    written.unlink(missing_ok=True)  # a mask without its record, or with one of another, is never there
+    former_mask(file, former).unlink(
+        missing_ok=True
+    )  # a mask without its record, or with one of another, is never there
     record = {'made_with': how, 'organs': records}
     write_json(file, record)
     write_mask(mask_file, mask, source, organs)
     write_json(file, record | {'mask_SHA-256': checksum(mask_file)})
     return records, False
+
+
+def check_ours(file, mask_file, former):
+    """Raise ValueError if one of a scan's files is not as predict.py wrote it. former: the record in `file`, or {}."""
+    written = former_mask(file, former)
+    unchanged = former and former.get('mask_SHA-256') in (None, checksum(written))
+    for path, ours in ((file, former), (written, unchanged), (mask_file, unchanged and mask_file == written)):
+        if path.exists() and not ours:
+            raise ValueError(f'{path}: {NOT_OURS}')
 
 
 def former_record(file):
