@@ -230,8 +230,7 @@ def refuse_seen_cases(args, path, origin):
     cases = read_cases(args.data_path, 'testing', args.current_fold)
     for scan in seen_cases(origin, image_checksums(args, cases)):
         raise ValueError(
-            f'{path}: was trained on {scan}, a test case of fold {args.current_fold}; run pretrain.py for this fold, after '
-            'removing one of two copies of a scan'
+            f'{path}: was trained on {scan}, a test case of fold {args.current_fold}; run pretrain.py for this fold'
         )
 
 

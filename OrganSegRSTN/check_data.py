@@ -91,8 +91,8 @@ def main():
     for organ_ID in range(1, args.organ_number + 1):
         print_organ(cases, organ_ID)
         compare_organs(cases, organ_ID, warnings)
-    if not any(organ.voxels for case in cases for organ in case.organs):
-        errors.add('there is no organ in any label')
+    if cases and not any(organ.voxels for case in cases for organ in case.organs):
+        errors.add(f'no label holds an organ from 1 to {args.organ_number}')
     warnings.show('warning')
     errors.show('error')
     print(f'{len(cases)} cases looked at; warnings: {len(warnings)}, errors: {len(errors)}')

@@ -123,6 +123,11 @@ def _cut(x, start, size):
     return x[:, :, start : start + size[0], start : start + size[1]]
 
 
+def without_scores(state):
+    """Return a state dict of an FCN8s without its score layers, which are those of its classes."""
+    return {key: value for key, value in state.items() if 'score' not in key}
+
+
 def bilinear_upsampling(n_class, size):
     """Return weights (n_class, n_class, size, size) of a transposed convolution: bilinear on the diagonal, zero off it."""
     factor = (size + 1) // 2

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import ConcatDataset
 
 from Data import load_slices, neighbours, refuse_seen_cases, training_facts, varied
-from model import ClippedAdam, FCN8s, bounding_box, crop, set_precision, set_rates, smooth_dice
+from model import ClippedAdam, FCN8s, bounding_box, crop, set_precision, set_rates, smooth_dice, without_scores
 from running.checkpoint import Run, list_checksums, seed_everything
 from running.data_folder import PLANES, pretrained_folder, pretrained_name
 from running.downloads import fetch_vgg16
@@ -33,7 +33,6 @@ NORMALIZATION = {  # mean and standard deviation of what conv1_1 was trained on,
     'fcn8s_from_vgg16.pth': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     'fcn8s_from_caffe.pth': ((104.00699 / 255, 116.66877 / 255, 122.67891 / 255), (1 / 255, 1 / 255, 1 / 255)),
 }
-SCORE_LAYERS = ('score_', 'upscore')
 CROPS_FIRST = 0.4  # share of the steps that see crops around the organ only
 VARIED_FROM = 0.3  # share of the steps after which slices are turned, scaled and changed in contrast
 CROPS = 4  # in a batch, which takes the time of two single ones
@@ -77,8 +76,8 @@ def parse():
 
 def write_converted(args):
     """Convert the weights of --convert; return the path that they are saved at."""
-    source = fetch_vgg16(pretrained_folder(args)) if args.convert == 'vgg16' else args.convert
     folder = pretrained_folder(args)
+    source = fetch_vgg16(folder) if args.convert == 'vgg16' else args.convert
     weights = load_weights(source)
     name, state = convert(weights, source, args.fold_normalization)
     if state is not weights and Path(source).resolve() == (folder / name).resolve():
@@ -103,7 +102,7 @@ def convert(weights, path, folded=False):
         expected = FCN8s(n_class=21).state_dict()
     if 'features.0.weight' in weights:
         name, weights = 'fcn8s_from_vgg16.pth', from_vgg16(weights, expected)
-        expected = {key: tensor for key, tensor in expected.items() if not key.startswith(SCORE_LAYERS)}
+        expected = without_scores(expected)
     else:
         name = 'fcn8s_from_caffe.pth'
     try:
@@ -209,9 +208,9 @@ def new_model(args, active):
         model.unit_variance(crops(samples, on_device, 2 * args.crop_margin, thickness, vary=False)[0])
         standardize(model)
         return model
-    weights = {key: value for key, value in load_weights(args.start).items() if not key.startswith(SCORE_LAYERS)}
+    weights = without_scores(load_weights(args.start))
     model = FCN8s(classes, width=len(weights.get('conv1_1.weight', [0])))
-    check_shapes(args.start, weights, {k: v for k, v in model.state_dict().items() if not k.startswith(SCORE_LAYERS)})
+    check_shapes(args.start, weights, without_scores(model.state_dict()))
     model.load_state_dict(weights, strict=False)
     return model
 

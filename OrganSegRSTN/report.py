@@ -45,6 +45,8 @@ def main():
     data = Path(args.data_path)
     if not data.is_dir():
         raise FileNotFoundError(f'{data}: no such folder')
+    if args.compare and not Path(args.compare).is_dir():
+        raise FileNotFoundError(f'{args.compare}: no such folder')
     references = read_references(args.reference) if args.reference else []
     source = Source(data)
     runs, logs = read_results(source), read_logs(source)
@@ -69,8 +71,9 @@ def main():
         write_latex(folder / 'results.tex', reports)
         page = render(**content, logs=charts, references=references or published, published=bool(published))
         (folder / 'index.html').write_text(page, encoding='utf-8')
+    saved = set()
     for run in reports:
-        save_calibration(data, run)
+        save_calibration(data, run, saved)
     size = sum(file.stat().st_size for file in (data / 'report').rglob('*') if file.is_file())
     print(f'written: {data / "report" / "index.html"} ({size / 1e6:.1f} MB with its pictures)')
 
@@ -119,18 +122,21 @@ def refuse_others(path):
 
 def compare_with(path, source, runs, folder):
     """Return the comparisons with the results of another data folder; see compare_runs."""
-    if not Path(path).is_dir():
-        raise FileNotFoundError(f'{path}: no such folder')
     other = Source(path)
-    return compare_runs(source, runs, other, read_results(other), folder)
+    found = compare_runs(source, runs, other, read_results(other), folder)
+    source.notices += (f'{path}: {line}' for line in other.notices)
+    return found
 
 
-def save_calibration(data, run):
-    """Write a run's calibration beside its snapshots; print a line where there is one."""
+def save_calibration(data, run, saved):
+    """Write a run's calibration beside its snapshots, and add its path to `saved`; print a line where there is one."""
     snapshots = data / 'models' / 'snapshots' / f'SIJ_training_{run["settings"]}'
     if not (run['trust'] and run['trust']['calibration'] and snapshots.is_dir()):
         return
     path = calibration_file(snapshots, run['thickness'], run['organ'])
+    if path in saved:
+        print(f'note: {path}: of the epochs {run["epoch"]}, no longer of the others')
+    saved.add(path)
     try:
         write_json(path, run['trust']['calibration'])
         print(f'written: {path}')

@@ -6,6 +6,7 @@ logs/FD0:Z3_1_TIMESTAMP.txt.
 """
 
 import contextlib
+import glob
 import math
 import random
 from argparse import Namespace
@@ -17,12 +18,22 @@ from running import arguments, processes, script  # before packages: it names a 
 import torch
 
 from Data import load_slices, refuse_seen_cases, training_facts, varied
-from model import RSTN, ClippedAdam, DiceEntropyLoss, DSC_loss, FCN8s, get_parameters, set_precision, set_rates
+from model import (
+    RSTN,
+    ClippedAdam,
+    DiceEntropyLoss,
+    DSC_loss,
+    FCN8s,
+    get_parameters,
+    set_precision,
+    set_rates,
+    without_scores,
+)
 from running.checkpoint import Run, list_checksums, seed_everything
 from running.data_folder import GOOD_LOSS, MODES, find_pretrained, snapshot_folder, snapshot_name, step_snapshots
 from running.files import atomic_write, locked
 from running.results import start
-from running.weights import check_shapes, describe, description, load_weights, missing_weights
+from running.weights import check_facts, check_shapes, describe, description, load_weights, missing_weights
 
 
 def main(wrap=lambda model, mode: model):
@@ -40,6 +51,7 @@ def main(wrap=lambda model, mode: model):
             state = None
         if state is None and not starting_path(args).exists():
             raise missing_weights(starting_path(args))
+        keep_other_log(args)
         with run.logged(log_path(args), state):
             device, _ = start(args)
             with processes.process_group(device, hours=0.5):
@@ -140,12 +152,23 @@ def log_path(args):
     return Path(args.data_path, 'logs', name).with_suffix('.txt')
 
 
+def keep_other_log(args):
+    """Rename the log that a training of other settings has left under the same name, as its snapshots have their own folder."""
+    path, log = checkpoint_path(args), log_path(args)
+    others = path.parent.parent.glob(f'*/{glob.escape(path.name)}')
+    if processes.rank() == 0 and not path.exists() and log.exists() and (other := next(others, None)):
+        kept = log.with_name(f'{log.stem}_{other.parent.name}.txt')
+        log.replace(kept)
+        print(f'{log} is of other settings: kept as {kept.name}')
+
+
 def lock(args):
     """Lock this training's snapshot names (rank 0 only)."""
     path = checkpoint_path(args)
     if processes.rank():
         return contextlib.nullcontext()
-    return locked(path.with_name(f'.{path.stem}.lock'), f'.{snapshot_path(args, "*").stem}.*.part')
+    snapshots = snapshot_path(args, '*').stem
+    return locked(path.with_name(f'.{path.stem}.lock'), f'.{snapshots}.*.part', f'.{snapshots}_step*.part')
 
 
 def remove_former(args, run):
@@ -202,6 +225,8 @@ def starting_model(args):
     weights = load_weights(path)
     origin = description(weights)
     refuse_seen_cases(args, path, origin)
+    if args.joint_from is not None:
+        check_facts(path, origin, {'intensity_window': [args.low_range, args.high_range]})
     model = from_RSTN(args, path, weights) if 'saliency1.weight' in weights else from_FCN8s(args, path, weights, origin)
     print(f'{args.current_fold}{args.plane}{modes(args)[0]} load pre-trained FCN8s model successfully!', flush=True)
     return model, training_facts(args, origin, plane=args.plane, recipe=args.recipe)
@@ -228,13 +253,14 @@ def from_FCN8s(args, path, weights, origin):
     with_scores = (
         origin.get('organ_ID') == args.organ_ID and len(weights.get('score_fr.bias', ())) == args.slice_thickness
     )
-    weights = {key: value for key, value in weights.items() if with_scores or 'score' not in key}
+    kept = dict if with_scores else without_scores
+    weights = kept(weights)
     if 'conv1_1.weight' not in weights:
         raise ValueError(f'{path}: not an FCN-8s: conv1_1.weight is missing')
     width = len(weights['conv1_1.weight'])
     with torch.device('meta'):  # no memory for what may be wrong
         expected = FCN8s(args.slice_thickness, width).state_dict()
-    check_shapes(path, weights, {key: value for key, value in expected.items() if with_scores or 'score' not in key})
+    check_shapes(path, weights, kept(expected))
     model = new_model(args, width)
     for network in (model.coarse_model, model.fine_model):
         missing, unknown = network.load_state_dict(weights, strict=False)

@@ -218,7 +218,7 @@ def test_no_organ_in_any_label_is_an_error_but_one_of_several_is_not(cohort, che
         change(cohort, 'labels', name, np.zeros_like)
     done = check(cohort)
     assert done.code == 1
-    assert remarks(done, 'error') == ['error: there is no organ in any label']
+    assert remarks(done, 'error') == ['error: no label holds an organ from 1 to 2']
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not shutil.which('setpriv'), reason='root without setpriv: all is permitted')

@@ -304,7 +304,7 @@ def test_of_two_runs_of_the_same_the_later_counts(golden, report):
     )
     out, summary, _ = report(golden)
     assert summary['runs'][0]['cases'][0]['DSC'] == 2 * 1113 / (3397 + 1116)
-    assert 'left out' in out and 'is a later run of the same' in out
+    assert f'{ROUNDS}: left out, {later.name} counts instead' in out
     assert (
         'fold 0: its stages tested several trainings: 20261123_000000 (coarse_X), 20261124_000000 (coarse2fine)' in out
     )
@@ -322,6 +322,36 @@ def test_folds_that_were_tested_in_different_ways_are_named(golden, report):
         f'{second.name}: stop_DSC 0.99 instead of 0.95, thresholds 0.5_0.4,3 instead of 0.5_0.5,3, unlike fold 0' in out
     )
     assert f'{first.name}: rounds ended at an agreement of 0.95' in out and f'{second.name}: rounds ended' not in out
+
+
+def test_of_two_thresholds_the_one_with_more_rounds_counts(golden, report):
+    trial = golden / RESULTS / ROUNDS.replace('0.5_0.5,3', '0.5_0.25,1')
+    shutil.copytree(golden / RESULTS / ROUNDS, trial)
+    out, *_ = report(golden)
+    assert f'{trial.name}: left out, {ROUNDS} counts instead' in out
+
+
+def test_folds_that_the_lists_have_no_more_do_not_count(golden, report):
+    old = golden / RESULTS / ROUNDS.replace('FD0', 'FD2')
+    shutil.copytree(golden / RESULTS / ROUNDS, old)
+    out, summary, _ = report(golden)
+    assert f'{old.name}: left out, the lists have no fold 2' in out and summary['runs'][0]['folds'] == [0]
+
+
+def test_stages_of_two_trainings_of_one_name_are_named(golden, report):
+    for path, digest in ((golden / COARSE / f'FD0:{PLANES.split(",")[0]}', 'a'), (golden / RESULTS / ROUNDS, 'b')):
+        (path / 'run.json').write_text(json.dumps({'snapshot FD0:XJ3_1_20261123_000000.pkl': digest}))
+    out, *_ = report(golden)
+    assert 'its stages tested several trainings of FD0:XJ3_1_20261123_000000.pkl: coarse2fine, coarse_X' in out
+
+
+def test_volumes_in_ml_are_right_on_a_sheared_grid(golden, report):
+    affine = affine_of((1.0, 1.0, 2.0))
+    affine[1, 2] = 1.0  # mm towards the back from slice to slice
+    save_geometry(geometry_file(golden, '0001'), Geometry(affine, 'position', 'made up', 'NIfTI'))
+    _, summary, _ = report(golden)
+    case = summary['runs'][0]['cases'][0]
+    assert case['ml']['label'] == pytest.approx(case['voxels']['label'] * 2 / 1000)
 
 
 def test_organs_and_settings_are_told_apart(golden, report):
@@ -695,6 +725,15 @@ def test_folds_are_compared_with_the_same_folds(tmp_path):
     assert reference(1, 'coarse2fine', [0, 1]) == {'mean': pytest.approx(0.7)}
     assert reference(1, 'coarse2fine', [1, 2]) == {}
     assert reference.of_fold(1, 'coarse2fine', 1)['mean'] == 0.5
+    file.write_text(json.dumps({'coarse2fine': {'mean': 0.9, 'folds': folds}}))
+    assert read_references(file)[0](1, 'coarse2fine', [0])['mean'] == 0.8, "the fold's own figure, not that of all"
+    runs = [{'organ': 1, 'settings': name, 'folds': [0, 1], 'results': {'coarse2fine': {'mean': mean}, 'HD95': {'mean': 8}}}
+            for name, mean in (('1e-5x10,20', 0.6), ('fast_5e-4x1,20', 0.8))]  # fmt: skip
+    file.write_text(json.dumps({'runs': runs}))
+    (former,) = read_references(file)
+    assert former(1, 'coarse2fine', [0, 1], 'fast_5e-4x1,20')['mean'] == 0.8
+    assert former(1, 'coarse2fine', [0, 1], 'another')['mean'] == 0.6, 'the first run'
+    assert former(1, 'HD95', [0, 1])['mean'] == 8 and former(1, 'HD95', [0]) == former(1, 'HD95', [1, 2]) == {}
 
 
 def write_nih(data, cases=range(1, 83), organs=1, folds=4):

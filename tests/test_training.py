@@ -290,6 +290,25 @@ def test_a_training_that_fails_at_its_start_keeps_the_former_log_and_one_that_st
     assert again.startswith('device: ') and again.count('end of 0ZJ training stage!') == 1 and 'ended by' not in again
 
 
+def test_a_log_of_other_settings_is_kept(trained, data, call):
+    for folder in ('models', 'logs'):
+        shutil.copytree(trained.data / folder, data / folder)
+    log = data / 'logs/FD0:Z3_1.txt'
+    before = log.read_bytes()
+    done = call('training.py', *training_args(data, epochs=(0, 0, 0, 1)), '--recipe', 'fast')
+    assert done.code == 0 and 'is of other settings: kept as FD0:Z3_1_SIJ_training_1e-5x10,4.txt' in done.out
+    assert (data / 'logs/FD0:Z3_1_SIJ_training_1e-5x10,4.txt').read_bytes() == before != log.read_bytes()
+
+
+def test_mode_J_does_not_start_from_a_snapshot_of_another_window(trained, call):
+    args = training_args(trained.data, epochs=EPOCHS, timestamp='20261123_000000')
+    args[3] = -160
+    done = call('training.py', *args, '--joint_from', '_')
+    assert (
+        done.code == 1 and 'ZI3_1.pkl: trained with intensity_window [-100.0, 240.0], not [-160.0, 240.0]' in done.err
+    )
+
+
 def test_testing_warns_of_a_case_that_the_snapshot_was_trained_on(trained, data, call):
     shutil.copytree(trained.data / 'models', data / 'models')
     (data / 'lists/testing_FD0.txt').write_text('2 images/0003.npy labels/0003.npy\n')

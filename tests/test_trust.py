@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import coarse2fine_args, settings
+from conftest import coarse2fine_args, settings, tiny_weights
 
 from Data import place_fact
 from reporting.explaining import look
@@ -464,11 +464,11 @@ def test_results_are_compared_case_by_case(tmp_path, call, count):
     assert done.code == 0, done.err
     (found,) = json.loads((data / 'report/summary.json').read_text())['comparisons']
     differences = [case['difference'] for case in found['differences']]
-    assert found['names'] == ['a, 1e-5x10,20 e2682', 'b, 1e-5x10,20 e2682'] and found['higher'] == count
+    assert found['names'] == [f'{name}, 1e-5x10,20 e2682, thickness 3' for name in 'ab'] and found['higher'] == count
     assert found['all']['mean'] == pytest.approx(np.mean(differences)) == pytest.approx(0.01 + 0.001 * (count - 1))
     assert found['p'] == (None if count < 6 else pytest.approx(2 / 2**8)), 'all of eight are higher'
     page = (data / 'report/index.html').read_text()
-    assert ('Fewer than 6 cases: this shows nothing.' in page) == (count < 6)
+    assert ('Fewer than 6 cases differ: this shows nothing.' in page) == (count < 6)
     assert ('Wilcoxon signed-rank test: p = 0.0078' in page) == (count == 8)
     assert (data / 'report/charts/compared0.svg').exists()
 
@@ -478,8 +478,20 @@ def test_two_settings_in_one_folder_are_compared_once(tmp_path, call):
     data = data_of(data_of(tmp_path / 'a', cases), cases, settings='1e-4x10,20')
     assert call('report.py', data, '--compare', data).code == 0
     (found,) = json.loads((data / 'report/summary.json').read_text())['comparisons']
-    assert found['names'] == ['a, 1e-4x10,20 e2682', 'a, 1e-5x10,20 e2682'] and found['p'] is None
+    assert [name.split()[1] for name in found['names']] == ['1e-4x10,20', '1e-5x10,20'] and found['p'] is None
     assert 'There is no difference.' in (data / 'report/index.html').read_text()
+
+
+def test_cases_that_do_not_differ_prove_nothing(tmp_path, call):
+    """Ten equal cases and five better ones: the normal approximation would say p = 0.04."""
+    cases = made_cases(15)
+    better = {name: (s, value + 0.01 * (i < 5)) for i, (name, (s, value)) in enumerate(cases.items())}
+    data, other = data_of(tmp_path / 'one/data', better), data_of(tmp_path / 'two/data', cases)
+    assert call('report.py', data, '--compare', other).code == 0
+    (found,) = json.loads((data / 'report/summary.json').read_text())['comparisons']
+    assert (found['higher'], found['lower'], found['p']) == (5, 0, None)
+    assert [name.split(', ')[0] for name in found['names']] == [str(data), str(other)], 'both folders are called data'
+    assert 'Fewer than 6 cases differ' in (data / 'report/index.html').read_text()
 
 
 def test_what_cannot_be_compared_is_said(tmp_path, call):
@@ -487,7 +499,16 @@ def test_what_cannot_be_compared_is_said(tmp_path, call):
     done = call('report.py', data, '--compare', data)
     assert done.code == 0 and 'no two results of one organ to compare' in done.out
     done = call('report.py', data, '--compare', tmp_path / 'none')
-    assert done.code == 1 and f'{tmp_path / "none"}: no such folder' in done.err
+    assert done.code == 1 and f'{tmp_path / "none"}: no such folder' in done.err and not done.out, 'before any picture'
+
+
+def test_a_report_survives_a_damaged_run_json_where_it_would_calibrate(tmp_path, call):
+    data = data_of(tmp_path / 'a', made_cases(6))
+    (run,) = data.glob('results/*/*')
+    (run / 'run.json').write_text('{')
+    done = call('report.py', data)
+    assert done.code == 0 and 'run.json: not a readable run.json' in done.out
+    assert json.loads((data / 'report/summary.json').read_text())['runs'][0]['trust']['calibration'] is None
 
 
 # --- what the networks see -----------------------------------------------------------------------------------------
@@ -521,5 +542,9 @@ def test_the_report_draws_the_worst_cases(tested, call):
     case = min(json.loads((tested / 'report/summary.json').read_text())['runs'][0]['cases'], key=lambda c: c['DSC'])
     assert files == [f'run0_fold0_{case["number"]}_{plane}_seen.png' for plane in 'XYZ']
     assert (tested / 'report/index.html').read_text().count('class="seen"') == 3
+    snapshot = next(tested.glob('models/snapshots/*/FD0:ZJ3_1.pkl'))
+    torch.save(tiny_weights(seed=8), snapshot)
+    done = call('report.py', tested)
+    assert f'{snapshot.name}: has changed since' in done.out and not list((tested / 'report/cases').glob('*_seen.png'))
     assert call('report.py', tested, '--explain', 0).code == 0
     assert not list((tested / 'report/cases').glob('*_seen.png'))

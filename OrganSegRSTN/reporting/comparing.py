@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 from scipy.stats import wilcoxon
@@ -12,7 +11,7 @@ from reporting.pictures import draw_differences, write_chart
 from reporting.runs import HEADLINES, title
 from reporting.scores import results_table
 
-LEAST = 6  # cases; of five, no differences have a p below 0.05
+LEAST = 6  # cases that differ; of five, no differences have a p below 0.05
 
 
 class Tested(NamedTuple):
@@ -24,13 +23,13 @@ class Tested(NamedTuple):
     results: dict
 
 
-def tested_runs(source, runs):
-    """Return [Tested] of the results of a data folder (read_results)."""
+def tested_runs(source, runs, name=None):
+    """Return [Tested] of the results of a data folder (read_results), under the folder's name or this one."""
     return [
         Tested(
-            source.path.resolve().name,
+            name or source.path.resolve().name,
             run.organ,
-            f'{run.settings} {run.epoch}',
+            f'{run.settings} {run.epoch}, thickness {run.thickness}',
             {
                 key: {source.case_name(*place): dice for place, dice in values.items()}
                 for key, values in results_table(run, stages).items()
@@ -45,8 +44,10 @@ def compare_runs(source, runs, other_source, other_runs, folder):
 
     Writes a chart of each to folder/charts. Only runs of one organ are compared.
     """
-    ours, theirs = tested_runs(source, runs), tested_runs(other_source, other_runs)
-    same = Path(source.path).resolve() == Path(other_source.path).resolve()
+    paths = source.path.resolve(), other_source.path.resolve()
+    same, alike = paths[0] == paths[1], paths[0].name == paths[1].name
+    names = map(str, paths) if alike and not same else (None, None)
+    ours, theirs = (tested_runs(*one, name) for *one, name in zip((source, other_source), (runs, other_runs), names))
     pairs = itertools.combinations(ours, 2) if same else itertools.product(ours, theirs)
     pairs = [(a, b) for a, b in pairs if a.organ == b.organ]
     if not pairs:
@@ -77,13 +78,14 @@ def compare(source, a, b):
         for case, (x, y) in pairs.items()
     ]
     values = [case['difference'] for case in differences]
+    changed = [value for value in values if value]
     return {
         'names': names,
         'result': title(key),
         'all': spread(values)._asdict(),
         'higher': sum(value > 0 for value in values),
         'lower': sum(value < 0 for value in values),
-        'p': float(wilcoxon(values).pvalue) if len(values) >= LEAST and any(values) else None,
+        'p': float(wilcoxon(changed).pvalue) if len(changed) >= LEAST else None,
         'unpaired': len(set(a.results[key]) ^ set(b.results[key])),
         'differences': sorted(differences, key=lambda case: case['difference']),
     }

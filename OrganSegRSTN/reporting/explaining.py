@@ -12,6 +12,7 @@ from model import bounding_box
 from reporting.pictures import COLOURS, INK, anatomy, rows_and_columns, standing
 from running.data_folder import PLANES, plane_view
 from running.files import atomic_write, read_volume
+from running.results import Checksums, read_settings
 from utils import to_unit
 from volumes.planes import plane_weights, slice_window
 from volumes.rounds import coarse_probability
@@ -34,7 +35,8 @@ def write_explanation(folder, image, networks, mask, score, spacing=None):
 def explain_case(folder, case_id, tested, number, image, geometry, intensity_window):
     """Write folder/{case_id}_{X|Y|Z}_seen.png of round 1 of a test case; return the files.
 
-    tested: ResultFolder of coarse to fine. Return [] if snapshots or coarse volumes are not there any more.
+    tested: ResultFolder of coarse to fine. Return [] if snapshots or coarse volumes are not there any more; ValueError: a
+    snapshot has changed.
     """
     data, names = tested.path.parents[2], re.search(r':(X.+,Z[^:]+):', tested.path.name)[1].split(',')
     names = [f'FD{tested.fold}:{name}.pkl' for name in names]
@@ -43,6 +45,10 @@ def explain_case(folder, case_id, tested, number, image, geometry, intensity_win
     volumes = [path / 'volumes' / f'{tested.run.epoch}_{number}.npz' for path in coarse]
     if not all(path.exists() for path in (*snapshots, *volumes)):
         return []
+    checksum, settings = Checksums(data), read_settings(tested.path / 'run.json')
+    for path in snapshots:
+        if settings.get(f'snapshot {path.name}') not in (None, checksum(path)):
+            raise ValueError(f'{path}: has changed since {tested.path.name} tested it: what it sees is not drawn')
     spacing = None if geometry is None else geometry.spacing
     weights = plane_weights('fast' if tested.run.settings.startswith('fast_') else 'published', spacing)
     score = coarse_probability([read_volume(path, image.shape) for path in volumes], weights)

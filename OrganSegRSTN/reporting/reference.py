@@ -18,7 +18,7 @@ class Reference:
 
     content: {"name": "Yu et al. 2018", "coarse2fine": {"mean": 0.8462}}, or a summary.json's; figures
     of folds are {"coarse2fine": {"folds": {"0": {"mean": 0.8462, "cases": 20}}}}.
-    figures: {organ, or None for any: {result or distance: (figures of all folds, {fold: figures})}}.
+    figures: {organ, or None for any, and (organ, settings): {result or distance: (figures of all folds, {fold: figures})}}.
     Raises one of MALFORMED.
     """
 
@@ -26,34 +26,38 @@ class Reference:
         self.name = str(content.get('name') or name)
         runs = content.get('runs') or [{'results': {k: v for k, v in content.items() if isinstance(v, dict)}}]
         self.figures = {}
-        for run in reversed(runs):  # of an organ the first run counts
-            self.figures[run.get('organ')] = {
+        for run in reversed(runs):  # of other settings of an organ the first run counts
+            folds = dict.fromkeys(run.get('folds', ()), {})  # distances have no figures by fold
+            found = {
                 key: (
                     figures(key, value.get('all', value)),
-                    {int(f): found for f, v in value.get('folds', {}).items() if 'mean' in (found := figures(key, v))},
+                    {int(f): one for f, v in value.get('folds', {}).items() if 'mean' in (one := figures(key, v))}
+                    or folds,
                 )
                 for key, value in run['results'].items()
             }
+            self.figures |= {run.get('organ'): found, (run.get('organ'), run.get('settings')): found}
         if not any(part for results in self.figures.values() for found in results.values() for part in found):
             raise ValueError('it holds no figures')
 
-    def __call__(self, organ, key, folds):
+    def __call__(self, organ, key, folds, settings=None):
         """Return {mean, std, min, max} of a result or distance over `folds`, as far as they are known."""
-        everything, by_fold = self._found(organ, key)
-        if everything and set(by_fold) in (set(), set(folds)):
+        everything, by_fold = self._found(organ, key, settings)
+        found = [by_fold.get(fold) for fold in folds]
+        if everything and set(by_fold) in (set(), set(folds)) and not (len(found) == 1 and found[0]):
             return everything
-        if not set(folds) <= by_fold.keys():
+        if not all(found):
             return {}
-        found = [by_fold[fold] for fold in folds]
         cases = sum(fold['cases'] for fold in found)
         return found[0] if len(found) == 1 else {'mean': sum(fold['mean'] * fold['cases'] for fold in found) / cases}
 
-    def of_fold(self, organ, key, fold):
+    def of_fold(self, organ, key, fold, settings=None):
         """Return {mean, std, min, max} of a result in a fold, as far as they are known."""
-        return self._found(organ, key)[1].get(fold, {})
+        return self._found(organ, key, settings)[1].get(fold, {})
 
-    def _found(self, organ, key):
-        return self.figures.get(organ, self.figures.get(None, {})).get(key, ({}, {}))
+    def _found(self, organ, key, settings):
+        known = next((self.figures[name] for name in ((organ, settings), organ, None) if name in self.figures), {})
+        return known.get(key, ({}, {}))
 
     def unused(self, reports):
         """Return a line about figures that have no counterpart in `reports`; '' if there are none."""

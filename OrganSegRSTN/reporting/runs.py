@@ -77,7 +77,7 @@ class RunReport:
         dice = self.table[result][fold, number]
         geometry = self.source.geometry(fold, number)
         spacing = [1.0, 1.0, 1.0] if geometry is None else [float(mm) for mm in geometry.spacing]
-        ml = None if geometry is None else math.prod(spacing) / 1000
+        ml = geometry and geometry.voxel_ml
         rounds = self.rounds(fold, number)
         tested, key = self.stored(result, fold, rounds['stopped_at_round'])
         image, masks = self.volumes(tested, key, number, dice)
@@ -142,11 +142,11 @@ class RunReport:
             signals.append({'case': name, 'DSC': value, 'predicted': None, **dict.fromkeys(SIGNALS), **found})
             if found and not math.isnan(value):
                 cases[name] = found, value
-        calibration = trust.calibrate(cases)
+        tests = [self.source.attempt(folder.tested_with) for folder in folders.values()]
+        calibration = trust.calibrate(cases) if all(tests) else None
         shown = {'signals': signals, 'counted': len(cases), 'calibration': calibration}
         if calibration:
-            calibration['snapshots'] = [sorted(folder.snapshots()) for folder in folders.values()]
-            calibration['settings'] = [folder.end_of_rounds() for folder in folders.values()]
+            calibration['snapshots'], calibration['settings'] = map(list, zip(*tests))
             predicted = dict(zip(calibration['cases'], calibration['left_out']))
             for case in signals:
                 case['predicted'] = predicted.get(case['case'])

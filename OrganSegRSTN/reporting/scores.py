@@ -91,10 +91,12 @@ class ResultFolder(NamedTuple):
         volume = read_volume(self.volume_file(key, number), shape)
         return volume >= 128 if key == self.run.epoch else volume != 0  # planes store round(255 p)
 
-    def snapshots(self):
-        """Return the checksums of the tested snapshots, from run.json."""
+    def tested_with(self):
+        """Return (sorted checksums of the tested snapshots, by run.json; end_of_rounds)."""
         settings = read_settings(self.path / 'run.json')
-        return [str(value) for name, value in settings.items() if name.startswith('snapshot ')]
+        return sorted(
+            str(value) for name, value in settings.items() if name.startswith('snapshot ')
+        ), self.end_of_rounds()
 
     def end_of_rounds(self):
         """Return how the rounds of coarse to fine end: fine threshold, stop_DSC, most rounds; by name and run.json."""
@@ -105,7 +107,7 @@ class ResultFolder(NamedTuple):
     def test_settings(self):
         """Return {setting: value} of what figures depend on: thresholds and most rounds by its name, the rest by run.json."""
         settings = read_settings(self.path / 'run.json')
-        found = {key: settings[key] for key in ('window', 'average') if key in settings}
+        found = {key: settings[key] for key in ('window', 'average', 'precision') if key in settings}
         if 'stop_DSC' in settings:
             found['stop_DSC'] = self.end_of_rounds()['stop_DSC']
         named = re.search(r'[:_]e\d+[_,](.+)', self.path.name)
@@ -125,34 +127,42 @@ class ResultFolder(NamedTuple):
 def read_results(source):
     """Return {Run: {stage: {fold: ResultFolder}}} of all results.
 
-    Of several results of one fold, that of the latest timestamp counts, then that of the most rounds.
+    Of several results of one fold, that of the latest timestamp counts, then that of the most rounds, then the newest.
     """
 
-    def age(path):
-        return path.parent, [int(number) for number in re.findall(r'[0-9]+', path.name)], path.name
+    def rank(path):
+        rounds, text = _ROUNDS.fullmatch(path.name), path / 'results.txt'
+        times = [time for *_, time in re.findall(SNAPSHOT_PARTS, path.name)]
+        return path.parent, times, int(rounds['rounds']) if rounds else 0, text.stat().st_mtime if text.exists() else 0
 
     runs = {}
-    for path in sorted(source.path.glob('results/*_testing_*/*'), key=age):
+    for path in sorted(sorted(source.path.glob('results/*_testing_*/*')), key=rank):
         if path.name.startswith('.') or not path.is_dir() or not (folder := source.attempt(read_folder, source, path)):
             continue
         folds = runs.setdefault(folder.run, {}).setdefault(folder.stage, {})
         if other := folds.get(folder.fold):
-            source.notice(f'{other.path}: left out, {path.name} is a later run of the same')
+            source.notice(f'{other.path}: left out, {path.name} counts instead')
         folds[folder.fold] = folder
     for stages in runs.values():
-        source.attempt(notice_mixed, source, stages)
+        notice_mixed(source, stages)
     return dict(sorted(runs.items()))
 
 
 def notice_mixed(source, stages):
     """Notice what stands in one table though it is not alike, and rounds that ended before the paper's stop."""
     for folds in stages.values():
-        notice_settings(source, *folds.values())
+        source.attempt(notice_settings, source, *folds.values())
     for fold in sorted({fold for folds in stages.values() for fold in folds}):
-        notice_trainings(source, fold, {stage: folds[fold] for stage, folds in stages.items() if fold in folds})
+        folders = {stage: folds[fold] for stage, folds in stages.items() if fold in folds}
+        source.attempt(notice_trainings, source, fold, folders)
     for folder in stages.get('coarse2fine', {}).values():
-        if (stop := folder.end_of_rounds()['stop_DSC']) < float(AGREEMENTS[-1]):
-            source.notice(f'{folder.path}: rounds ended at an agreement of {stop}; figures of higher ones are of that')
+        source.attempt(notice_early_stop, source, folder)
+
+
+def notice_early_stop(source, folder):
+    """Notice that rounds ended before the paper's stop."""
+    if (stop := folder.end_of_rounds()['stop_DSC']) < float(AGREEMENTS[-1]):
+        source.notice(f'{folder.path}: rounds ended at an agreement of {stop}; figures of higher ones are of that')
 
 
 def notice_settings(source, first, *others):
@@ -166,14 +176,22 @@ def notice_settings(source, first, *others):
 
 
 def notice_trainings(source, fold, folders):
-    """Notice that a fold's folders {stage: ResultFolder} are of several trainings, by the timestamps in their names."""
-    trainings = {}
+    """Notice that a fold's folders {stage: ResultFolder} are of several trainings, by timestamps, or by checksums."""
+    trainings, contents = {}, {}
     for stage, folder in folders.items():
         for plane, _, _, _, time in re.findall(SNAPSHOT_PARTS, folder.path.name):
             trainings.setdefault(plane, {}).setdefault(time or 'no timestamp', stage)
     if mixed := next((stages for stages in trainings.values() if len(stages) > 1), None):
         found = ', '.join(f'{time} ({stage})' for time, stage in sorted(mixed.items()))
         source.notice(f'fold {fold}: its stages tested several trainings: {found}')
+    for stage, folder in folders.items():
+        for name, value in read_settings(folder.path / 'run.json').items():
+            if snapshot := re.fullmatch(r'(?:[XYZ] )?snapshot (.+)', name):
+                contents.setdefault(snapshot[1], {}).setdefault(value, stage)
+    if changed := next(((name, stages) for name, stages in contents.items() if len(stages) > 1), None):
+        source.notice(
+            f'fold {fold}: its stages tested several trainings of {changed[0]}: {", ".join(sorted(changed[1].values()))}'
+        )
 
 
 def read_folder(source, path):
@@ -253,7 +271,13 @@ def dice_of(both, pred, label):
 
 
 def drop_moved(source, path, fold, cases):
-    """Drop the results of cases that moved in the fold's list; notice the cases without a result."""
+    """Drop the results of cases that moved in the fold's list; notice the cases without a result.
+
+    ValueError: there is no such fold any more.
+    """
+    lists = [re.fullmatch(r'testing_FD(\d{1,3})\.txt', file.name) for file in source.path.glob('lists/*')]
+    if (folds := [int(found[1]) for found in lists if found]) and fold > max(folds):
+        raise ValueError(f'{path}: left out, the lists have no fold {fold}')
     listed = source.cases(fold)
     for number, case in list(cases.items()):
         if listed and case.image_file and Path(case.image_file).stem != source.case_name(fold, number):
